@@ -1,12 +1,12 @@
-"""Requests of the OpenAI-compatible endpoint and samples of Tinker clients, at the same time.
+"""Requests to the OpenAI-compatible endpoint and samples by Tinker clients, at the same time.
 
     python benchmarks/endpoint.py [--model smollm2-135m] [--requests 8] [--tokens 64] [--repeat 3]
         [--before FOLDER]
 
-Starts `tinkex serve`, and sends --requests completions and as many samples, all at once: tokens per
-second of both together, and the mean seconds until one is done.  With --before, a folder with an
-earlier tinkex package, its server takes turns with this one, round by round; each is judged by its
-best round.
+Starts `tinkex serve`, sends --requests completions and as many samples, all at once, and reports
+the tokens per second of both together and the mean seconds until a request is done.  With --before,
+a folder with an earlier tinkex package, that package's server takes turns with this one, round by
+round; each is judged by its best round.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Round(NamedTuple):
 
 @contextlib.contextmanager
 def serving(model: str, package: Optional[Path]) -> Iterator[int]:
-    """Run ``tinkex serve``, of *package* if given, until it is left; yields its port."""
+    """Run ``tinkex serve``, from *package* if given, during the block; yields its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -91,7 +91,7 @@ class Contender:
         return len(response.sequences[0].tokens_np)
 
     def round(self) -> Round:
-        """Send everything, and wait until all of it is done."""
+        """Send all requests, and wait until all are done."""
         started = time.perf_counter()
         ends: List[float] = []
 
@@ -107,7 +107,7 @@ class Contender:
 
 
 def main() -> None:
-    """Measure, and print a line for each server."""
+    """Measure, and print one line per server."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=8)

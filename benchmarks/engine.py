@@ -3,18 +3,19 @@
     python benchmarks/engine.py [--model smollm2-135m] [--rows 8] [--tokens 128] [--repeat 5]
         [--new-tokens 64] [--skip-start]
 
-Three measurements, through the whole stack (client, HTTP, server, engine) and of the engine alone:
+Three measurements, through the whole stack (client, HTTP, server, engine) and with the engine
+alone:
 
 - a training step (forward, backward, AdamW) on --rows sequences of --tokens tokens, and on rows of
-  mixed lengths.  The plain loop pads to the longest row, as one would; with equal lengths neither
-  pads.  Aim: at most 1.15 x the plain loop's time on equal lengths.
+  mixed lengths.  The plain loop pads to the longest row, as people do; with equal lengths neither
+  side pads.  Aim: at most 1.15 x the plain loop's time on equal lengths.
 - eight concurrent samples of --new-tokens tokens against one batched `generate` of the same
   prompts.  Aim: at least 0.9 x its tokens per second.
 - `tinkex serve`, from the start of the process to the first answered health check.  Aim: 10 s.
 
-Contenders take turns, round by round, and each is judged by its best round: on a shared machine
-the best is the one least disturbed.  CPU seconds (of the whole process: client and server threads
-included) are shown as well; busy neighbours hardly change them.  Needs the extra "local", and the
+Contenders take turns, round by round, and each is judged by its best round: on a shared machine,
+that is the least disturbed one.  CPU seconds (of the whole process, including client and server
+threads) are shown as well; busy neighbours hardly change them.  Needs the extra "local", and the
 model (downloaded once).
 """
 
@@ -51,7 +52,7 @@ def make_rows(lengths: Sequence[int], vocabulary: int) -> List[Any]:
 
 
 def to_data(rows: Tokens) -> List[Datum]:
-    """Next-token training on every token of every row."""
+    """Return datums for next-token training on every token of every row."""
     return [
         Datum(
             ModelInput.from_ints(row[:-1]),
@@ -62,7 +63,7 @@ def to_data(rows: Tokens) -> List[Datum]:
 
 
 class PlainLoop:
-    """What one writes without a server: transformers, peft and torch.optim."""
+    """What people write without a server: transformers, peft and torch.optim."""
 
     def __init__(self, source: str) -> None:
         import peft
@@ -92,7 +93,7 @@ class PlainLoop:
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the output layer is tied; that is meant
+            warnings.simplefilter("ignore")  # the output layer is tied on purpose
             self._model = peft.get_peft_model(base, config)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=ADAM.learning_rate, weight_decay=0.0)
@@ -188,7 +189,7 @@ class WholeStack:
 
 
 class Best(NamedTuple):
-    """The least seconds of several rounds: by the clock, and of all the process's threads."""
+    """The fewest seconds of several rounds: wall time, and CPU time of the whole process."""
 
     seconds: float
     cpu: float
@@ -200,7 +201,8 @@ def best_times(
     """Let *contenders* take turns; return the best seconds of each.
 
     Raises:
-        AssertionError: their first answers (loss, or tokens) differ by more than *same*.
+        AssertionError: their first answers (losses or tokens) have a relative difference above
+            *same*.
     """
     answers = {name: work() for name, work in contenders.items()}  # warm up, and compare
     first = next(iter(answers.values()))
@@ -284,7 +286,7 @@ def main() -> None:
                     "whole stack": functools.partial(stack.step, rows),
                 },
                 chosen.repeat,
-                same=1e-2,  # another draw of A, and steps taken before
+                same=1e-2,  # A is drawn differently, and earlier steps were taken
             )
             total = sum(lengths)
             report(

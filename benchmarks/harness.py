@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("session_server.py")
 
 
 class SessionServers:
-    """Some hosts in a process of their own, for the length of a ``with`` block."""
+    """Session servers in a separate process, for the duration of a ``with`` block."""
 
     def __init__(self, *, hosts: int = 1, beat_s: float = 0.0, ttl_s: float = 60.0) -> None:
         command = [sys.executable, str(SCRIPT), "--hosts", str(hosts)]
@@ -31,7 +31,7 @@ class SessionServers:
         urllib.request.urlopen(request, timeout=30).close()
 
     def facts(self, url: str) -> Dict[str, Any]:
-        """What a host saw."""
+        """Return what a host has seen."""
         with urllib.request.urlopen(f"{url}/facts", timeout=30) as answer:
             facts: Dict[str, Any] = json.load(answer)
             return facts
@@ -40,4 +40,4 @@ class SessionServers:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.communicate()  # its input ends, and so does it
+        self._process.communicate()  # closes its input, which ends it

@@ -1,10 +1,10 @@
-"""Two hundred sessions on one manager: are all heartbeats sent, and on time?
+"""Two hundred sessions on one manager: are all heartbeats sent, and are they on time?
 
     python benchmarks/heartbeats.py [--seconds 30] [--sessions 200] [--gil-seconds 90]
 
-The server is a process of its own and takes 50 ms for each beat; the period is scaled down from
-10 s to 2 s.  Times are taken where the beats arrive.  A beat's lateness is counted from its
-session's most punctual one, so it leaves out what all beats have in common.
+The server is a separate process and takes 50 ms for each beat; the period is scaled down from 10 s
+to 2 s.  Times are taken where the beats arrive.  A beat's lateness is relative to its session's
+most punctual beat, so a delay common to all beats does not count.
 
 The last part runs a script that holds the interpreter for seconds at a time against a server
 that drops sessions after 60 s without a heartbeat.
@@ -43,7 +43,7 @@ def start_all(manager: SessionManager, urls: Sequence[str], count: int) -> Dict[
 
 
 def lateness(arrivals: Sequence[float], began: float, ended: float) -> Any:
-    """How late each beat of one session was, and how many were wanted between the two instants."""
+    """Return how late each beat of a session was, and how many were due from *began* to *ended*."""
     at = np.asarray([t for t in arrivals if began <= t < ended])
     if not len(at):
         return at, int((ended - began) // PERIOD_S)
@@ -57,7 +57,7 @@ def lateness(arrivals: Sequence[float], began: float, ended: float) -> Any:
 def watch(
     servers: SessionServers, where: Dict[str, str], urls: Sequence[str], seconds: float
 ) -> Dict[str, Any]:
-    """Let the manager beat for a while; tell how well it did on *urls*."""
+    """Let the manager beat for a while; return how well it did on *urls*."""
     for url in urls:
         servers.mode(url, record=True)
     began = time.monotonic()
@@ -77,7 +77,7 @@ def watch(
 
 
 def report(name: str, found: Dict[str, Any]) -> bool:
-    """Print a row; True if the beats were sent, and on time."""
+    """Print a row; return whether the beats were sent on time."""
     share = 100 * found["sent"] / found["wanted"]
     print(
         f"{name:38} {found['sent']:6}/{found['wanted']:<6} {share:6.2f} %   "
@@ -88,7 +88,7 @@ def report(name: str, found: Dict[str, Any]) -> bool:
 
 
 def one_host(count: int, seconds: float) -> bool:
-    """All sessions on one host; then stop some of them."""
+    """Watch all sessions on one host; then stop some of them."""
     with SessionServers(beat_s=BEAT_S) as servers, SessionManager() as manager:
         where = start_all(manager, servers.urls, count)
         time.sleep(PERIOD_S)
@@ -104,7 +104,7 @@ def one_host(count: int, seconds: float) -> bool:
 
 
 def ten_hosts(count: int, seconds: float) -> bool:
-    """Ten hosts, of which one hangs: the others' beats; then close with the hung host."""
+    """Watch the other hosts' beats while one of ten hangs; then close while it still hangs."""
     with SessionServers(hosts=10, beat_s=BEAT_S) as servers:
         manager = SessionManager()
         where = start_all(manager, servers.urls, count)
@@ -137,7 +137,7 @@ class Told(logging.Handler):
 
 
 def hold_the_interpreter(seconds: float) -> bool:
-    """A script that holds the GIL for up to 15 s at a time, at the usual interval of 10 s."""
+    """Hold the GIL for up to 15 s at a time, at the usual heartbeat interval of 10 s."""
     told = Told()
     logging.getLogger("tinkex").addHandler(told)
     libc = ctypes.PyDLL(None)  # calls through it keep the GIL
@@ -165,7 +165,7 @@ def hold_the_interpreter(seconds: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each watch")
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of each watch")
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--gil-seconds", type=float, default=90.0)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A server of sessions for the benchmarks, in a process of its own: slow, hung or faulty.
+"""A session server for the benchmarks, in a separate process: slow, hung or faulty.
 
     python benchmarks/session_server.py [--hosts 10] [--beat-s 0.05] [--ttl-s 60]
 
 Prints its base URLs as one line of JSON and serves until its standard input ends.  Each port
 stands for a host.  ``POST /mode {"hang": true, "chaos": 0.3}`` changes how a host behaves;
-``GET /facts`` tells what it saw.  No tinkex code is in here.
+``GET /facts`` returns what it has seen.  This file uses no tinkex code.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, List, Optional
 
-#: What a mad host answers, and how often relative to each other.
+#: What a chaotic host answers, with relative frequencies.
 CHAOS = {404: 1, 410: 1, 401: 1, 429: 3, 500: 4, 503: 4, "hang": 1, "reset": 3}
 
 
 class Host(ThreadingHTTPServer):
-    """One port: its sessions, when they were beaten, and its manners."""
+    """One port: its sessions, their heartbeats, and how it behaves."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -40,17 +40,17 @@ class Host(ThreadingHTTPServer):
         # Guards everything below.
         self.lock = threading.Lock()
         self.mode: Dict[str, Any] = {"hang": False, "chaos": 0.0, "down": False, "hang_s": 30.0}
-        self.sessions: Dict[str, float] = {}  # the last sign of life
+        self.sessions: Dict[str, float] = {}  # when each was last heard from
         self.beats: Dict[str, List[float]] = collections.defaultdict(list)
         self.record = False
         self.created = self.finished = self.expired = 0
-        self.changed = threading.Event()  # set when hung requests are to be let go
+        self.changed = threading.Event()  # set to release hung requests
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are what the benchmarks are about."""
+        """Do nothing: clients that disconnect are part of the benchmarks."""
 
     def expire(self) -> None:
-        """Drop the sessions that were silent for too long."""
+        """Drop the sessions that have been silent for too long."""
         now = time.monotonic()
         with self.lock:
             for session_id in [s for s, at in self.sessions.items() if now - at > self.ttl_s]:
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Host
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         if self.path == "/facts":
@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if known else 404, {"type": "session_heartbeat"})
 
     def misbehave(self, session_id: Optional[str] = None) -> bool:
-        """Do something bad, if that is the mode; True if it is done."""
+        """Misbehave if the host's mode says so; return whether the request is dealt with."""
         host = self.server
         with host.lock:
             mode, changed = dict(host.mode), host.changed
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         if what is None:
             return False
         if what in (404, 410, 401) and session_id is not None:
-            with host.lock:  # it means it
+            with host.lock:  # the session is really gone
                 host.sessions.pop(session_id, None)
         if what == "hang":
             changed.wait(mode["hang_s"])

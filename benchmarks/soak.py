@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--minutes 10] [--sessions 50]
 
-The server (a process of its own) answers 404, 410, 401, 429, 500 and 503, hangs, resets
-connections, is down altogether for a while, and comes back.  Afterwards there must be no live
-session on either side, no thread and no socket left over, and no more memory in use than after
-the first fifth.  Exits with 1 otherwise.
+The server (a separate process) answers 404, 410, 401, 429, 500 and 503, hangs, resets connections,
+goes down completely for a while, and comes back.  Afterwards there must be no live session on
+either side, no leaked thread or socket, and hardly more memory in use than after the first fifth.
+Otherwise it exits with 1.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tinkex._sessions.manager import default_manager
 
 INTERVAL_S = 1.0
 TTL_S = 5.0
-#: How much more memory the end may show than the first fifth, in MB.
+#: How much more memory may be in use at the end than after the first fifth, in MB.
 SLACK_MB = 12.0
 
 
 class Slot:
-    """One of the sessions: it opens, lives for a while, and ends one way or another."""
+    """One session at a time: it opens, lives for a while, and ends one way or another."""
 
     def __init__(self, url: str, tally: Dict[str, int]) -> None:
         self._url = url
@@ -42,7 +42,7 @@ class Slot:
         self._until = 0.0
 
     def step(self) -> None:
-        """Do what is next, if it is time."""
+        """Do the next action, if it is due."""
         if time.monotonic() < self._until:
             return
         self._until = time.monotonic() + random.expovariate(1 / 8.0)
@@ -52,7 +52,7 @@ class Slot:
             self._count(type(error).__name__)
 
     def end(self) -> None:
-        """Close what is open."""
+        """Close the session, if one is open."""
         if self._service is not None:
             self._service.close()
 
@@ -79,7 +79,7 @@ class Slot:
             self._count("dropped")
 
     def _count(self, what: str) -> None:
-        self._tally[what] = self._tally.get(what, 0) + 1  # roughly, among threads
+        self._tally[what] = self._tally.get(what, 0) + 1  # not exact across threads
 
 
 def drive(slots: List[Slot], stop: threading.Event) -> None:
@@ -90,7 +90,7 @@ def drive(slots: List[Slot], stop: threading.Event) -> None:
 
 
 def measure() -> Dict[str, float]:
-    """What this process holds on to."""
+    """Return the resources that this process holds."""
     gc.collect()
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -99,7 +99,7 @@ def measure() -> Dict[str, float]:
         try:
             sockets += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
         except OSError:
-            continue  # the listing's own
+            continue  # the descriptor of the listing itself
     return {
         "MB": resident / 1e6,
         "threads": threading.active_count(),
@@ -109,7 +109,7 @@ def measure() -> Dict[str, float]:
 
 
 def misrule(servers: SessionServers, number: int) -> str:
-    """Change how the servers behave; return a word for it."""
+    """Change how the servers behave; return a word for that."""
     down = number % 4 == 3
     hung = number % 6 == 5
     for index, url in enumerate(servers.urls):
@@ -122,14 +122,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--sessions", type=int, default=50)
     args = parser.parse_args()
-    warnings.simplefilter("ignore", ResourceWarning)  # a part of the sessions is dropped
+    warnings.simplefilter("ignore", ResourceWarning)  # some sessions are dropped on purpose
     logging.basicConfig(level=logging.CRITICAL)
     tally: Dict[str, int] = {}
     stop = threading.Event()
     with SessionServers(hosts=3, ttl_s=TTL_S) as servers:
         before = measure()
         slots = [Slot(random.choice(servers.urls), tally) for _ in range(args.sessions)]
-        # A thread for each, so that one that hangs holds up no other.
+        # One thread per slot, so that a hung one holds up no other.
         threads = [threading.Thread(target=drive, args=([slot], stop)) for slot in slots]
         for thread in threads:
             thread.start()
@@ -153,7 +153,7 @@ def main() -> int:
         slots.clear()
         settle()
         after = measure()
-        time.sleep(TTL_S + 1)  # those whose end was lost on the way expire
+        time.sleep(TTL_S + 1)  # sessions whose end was lost on the way expire
         facts = [servers.facts(url) for url in servers.urls]
     print_row("after", after)
     totals = {key: sum(f[key] for f in facts) for key in ("created", "finished", "expired", "live")}
@@ -178,7 +178,7 @@ def settle() -> None:
 def judge(
     before: Dict[str, float], warm: Dict[str, float], after: Dict[str, float], totals: Any
 ) -> List[str]:
-    """What is not as it must be."""
+    """Return a line for each thing that is not as it must be."""
     wrong = []
     if after["sessions"]:
         wrong.append(f"{after['sessions']} sessions live on in the client")

@@ -1,9 +1,9 @@
-"""How the package is built, in figures: ``python benchmarks/structure.py [--no-calls]``.
+"""The structure of the package, in figures: ``python benchmarks/structure.py [--no-calls]``.
 
-Counts, for the source tree beside this file: entries at the top of the package, imports that run
-in a circle, the longest chain of imports, lines, comments, lambdas and closures.  Then traces one
+Counts, for the source tree beside this file: entries at the top of the package, circular imports,
+the longest chain of imports, lines, comments, lambdas and closures.  Then traces one
 ``forward_backward([datum]).result()`` and one ``sample(...).result()`` against an embedded server
-in a process of its own, and counts the files, classes, functions and closures of tinkex that ran.
+in a separate process, and counts the files, classes, functions and closures of tinkex that ran.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Graph = Mapping[str, Set[str]]
 
 
 def sources() -> Dict[str, Path]:
-    """Map each module's dotted name (without "tinkex") to its file; generated code left out."""
+    """Map each module's dotted name (without "tinkex") to its file, without generated code."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -38,7 +38,7 @@ def sources() -> Dict[str, Path]:
 
 
 def typing_only(tree: ast.Module) -> Set[ast.AST]:
-    """Return the nodes behind ``if TYPE_CHECKING``."""
+    """Return the nodes under ``if TYPE_CHECKING``."""
     return {
         inner
         for node in ast.walk(tree)
@@ -49,7 +49,7 @@ def typing_only(tree: ast.Module) -> Set[ast.AST]:
 
 
 def imports(tree: ast.Module, modules: Mapping[str, Path]) -> Iterator[str]:
-    """Yield the modules of the package that *tree* imports, late imports included."""
+    """Yield the modules of the package that *tree* imports, including late imports."""
     left_out = typing_only(tree)
     for node in ast.walk(tree):
         if node in left_out:
@@ -111,7 +111,7 @@ def longest_chain(graph: Graph) -> int:
 
 
 def entry(module: str) -> str:
-    """Return what stands at the top of the package for *module*."""
+    """Return the entry at the top of the package that *module* belongs to."""
     return module.split(".")[0]
 
 
@@ -126,13 +126,13 @@ def closures(tree: ast.Module) -> int:
 
 
 def comment_lines(text: str) -> int:
-    """Count lines that hold nothing but a comment."""
+    """Count lines that hold only a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return sum(t.type == tokenize.COMMENT and t.line.strip().startswith("#") for t in tokens)
 
 
 def static_figures() -> Dict[str, Any]:
-    """Return the figures that need no running."""
+    """Return the figures that need no running code."""
     modules = sources()
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
     graph = {name: set(imports(tree, modules)) - {name, ""} for name, tree in trees.items() if name}
@@ -159,7 +159,7 @@ def static_figures() -> Dict[str, Any]:
 
 
 class Trace:
-    """Collects the code of tinkex (its server apart) that runs, in every thread, while active."""
+    """While active, collects the tinkex code that runs in any thread of this process."""
 
     def __init__(self) -> None:
         self.codes: Set[Tuple[CodeType, str]] = set()
@@ -195,14 +195,14 @@ def traced(act: Callable[[], Any]) -> str:
 
 
 def call_figures() -> Dict[str, str]:
-    """Trace the first training pass and the first sample, in all threads that they start."""
+    """Trace the first training pass and the first sample, in all the threads that they start."""
     import tinkex
     from tinkex import types
     from tinkex._sessions.process_status import OFF_VARIABLE
 
-    os.environ[OFF_VARIABLE] = "1"  # its thread starts during the calls, and is no part of them
+    os.environ[OFF_VARIABLE] = "1"  # its thread starts during the calls, but is not part of them
 
-    folder = tempfile.TemporaryDirectory()  # that of another server may be in use
+    folder = tempfile.TemporaryDirectory()  # the default one may be in use by another server
     serve = [sys.executable, "-m", "tinkex", "serve", "--model", "deterministic", "--port", "0"]
     serve += ["--data-dir", folder.name]
     process = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -237,7 +237,7 @@ def call_figures() -> Dict[str, str]:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-calls", action="store_true", help="leave out the traced calls")
+    parser.add_argument("--no-calls", action="store_true", help="skip the traced calls")
     options = parser.parse_args()
     figures = static_figures()
     if not options.no_calls:

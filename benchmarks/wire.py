@@ -2,9 +2,10 @@
 
     python benchmarks/wire.py [--datums 64] [--tokens 1024] [--repeat 20]
 
-The baseline is what a client without numpy buffers does: lists of Python numbers, written and
-read by the standard library.  Times are the best of the repeats; MB/s are of the batch as numpy
-buffers (tokens int32, targets int64, weights and logprobs float32), so that dialects compare.
+The baseline is what a client without numpy buffers does: lists of Python numbers, written and read
+by the standard library.  Times are the best of the repeats; MB/s refer to the batch's size as numpy
+buffers (tokens int32, targets int64, weights and logprobs float32), so that dialects can be
+compared.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def naive_decode_output(body: bytes) -> Any:
 
 
 def best_ms(call: Callable[[], Any], repeat: int) -> float:
-    """Return the shortest of *repeat* calls, in milliseconds."""
+    """Return the duration of the fastest of *repeat* calls, in milliseconds."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -96,7 +97,7 @@ def best_ms(call: Callable[[], Any], repeat: int) -> float:
 
 
 def main() -> None:
-    """Measure and print one line per message, dialect and direction."""
+    """Measure, and print one line per dialect and message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--datums", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1024)

@@ -3,8 +3,8 @@
     python examples/quickstart.py                      # on the embedded server
     python examples/quickstart.py --base-url URL --model NAME     # on another server
 
-The text is a file of paragraphs; each is one training example.  Printed before and after training:
-the loss per token on held-out paragraphs, and samples for the same prompts.
+The text is a file of paragraphs; each is one training example.  Before and after training, the
+script measures the loss per token on held-out paragraphs, and samples the same prompts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,9 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rank", type=int, default=16, help="rank of the LoRA adapter")
     add("--seed", type=int, default=0, help="of the adapter, the order of the text and the samples")
     add("--data", type=Path, default=TEXT / "devils_dictionary_train.txt", help="training text")
-    add(
-        "--heldout", type=Path, default=TEXT / "devils_dictionary_heldout.txt", help="held-out text"
-    )
+    add("--heldout", type=Path, default=TEXT / "devils_dictionary_heldout.txt", help="unseen text")
     add("--eval-entries", type=int, default=None, help="held-out paragraphs to use (default: all)")
     add("--prompt", action="append", default=None, help="a prompt to sample; may be repeated")
     add("--model", default="smollm2-135m", help="base model")
@@ -63,11 +62,12 @@ def parse_arguments() -> argparse.Namespace:
 def connect(arguments: argparse.Namespace) -> tinkex.ServiceClient:
     """Open a session on the given server, or on one started here."""
     if arguments.base_url:
+        console.print(f"Using the server at {arguments.base_url} ...")
         return tinkex.ServiceClient(base_url=arguments.base_url)
-    with console.status(f"Starting {arguments.model} here (it is downloaded the first time)"):
-        return tinkex.ServiceClient.local(
-            arguments.model, data_dir=str(arguments.data_dir), device=arguments.device
-        )
+    console.print(f"Starting {arguments.model} here (it is downloaded the first time) ...")
+    return tinkex.ServiceClient.local(
+        arguments.model, data_dir=str(arguments.data_dir), device=arguments.device
+    )
 
 
 def read_paragraphs(path: Path) -> List[str]:
@@ -148,22 +148,23 @@ def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: An
         task = progress.add_task("train", total=arguments.steps, loss="-", speed="-")
         ahead = next(steps, None)
         while ahead is not None:
-            # The next step is submitted before waiting for this one, so that the server is never
-            # idle.
+            # Submit the next step before waiting for this one, so that the server is never idle.
             step, ahead = ahead, next(steps, None)
             losses.append(loss_per_token(step.passed.result()))
             step.stepped.result()
             tokens += step.tokens
             speed = tokens / (time.monotonic() - started_at)
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
+            if not console.is_terminal:  # there the bar is printed only at the end
+                console.print(f"step {len(losses)}/{arguments.steps}: loss {losses[-1]:.3f}")
     console.print(f"Trained on {tokens} tokens in {time.monotonic() - started_at:.0f} s.")
     return losses
 
 
 def evaluate(trainer: tinkex.TrainingClient, data: List[types.Datum]) -> float:
     """Return the loss per token on the held-out text."""
-    with console.status("Measuring the loss on held-out text"):
-        return loss_per_token(trainer.forward(data, "cross_entropy").result())
+    console.print("Measuring the loss on held-out text ...")
+    return loss_per_token(trainer.forward(data, "cross_entropy").result())
 
 
 def sample(
@@ -171,12 +172,12 @@ def sample(
 ) -> List[str]:
     """Return the model's continuation of each prompt."""
     params = types.SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=seed)
-    with console.status("Sampling"):
-        futures = [
-            sampler.sample(types.ModelInput.from_ints(tokenizer.encode(text)), 1, params)
-            for text in prompts
-        ]
-        sequences = [future.result().sequences[0] for future in futures]
+    console.print("Sampling ...")
+    futures = [
+        sampler.sample(types.ModelInput.from_ints(tokenizer.encode(text)), 1, params)
+        for text in prompts
+    ]
+    sequences = [future.result().sequences[0] for future in futures]
     texts = [tokenizer.decode(one.tokens, skip_special_tokens=True) for one in sequences]
     return [" ".join(text.split()) for text in texts]
 
@@ -250,6 +251,7 @@ def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Run the example and return its exit code."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it like Ctrl-C
     try:
         for path in (arguments.data, arguments.heldout):
             read_paragraphs(path)  # report a wrong path before loading a model

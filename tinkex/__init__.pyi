@@ -97,7 +97,7 @@ from tinkex.types import (
 )
 from tinkex.usage import Budget as Budget, Price as Price, Usage as Usage
 
-# The official SDK's names of what creators return; here they return the client itself.
+# The official SDK's names for the return types of creators, which here return the client itself.
 BackcompatTrainingClientFuture = TrainingClient
 BackcompatSamplingClientFuture = SamplingClient
 

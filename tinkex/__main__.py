@@ -1,11 +1,11 @@
-"""The command ``tinkex``, also as ``python -m tinkex``."""
+"""The command ``tinkex``, which also runs as ``python -m tinkex``."""
 
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command.  Ctrl-C ends it in the same way while its modules are being imported."""
+    """Run the command; Ctrl-C while its modules are still being imported ends it cleanly, too."""
     try:
         from tinkex.cli.main import main as run
     except KeyboardInterrupt:

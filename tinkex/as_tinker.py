@@ -1,6 +1,6 @@
-"""Use tinkex where a program or a library imports ``tinker``, the official SDK.
+"""Use tinkex in programs and libraries that import ``tinker``, the official SDK.
 
-Either call `install_as_tinker` before anything imports ``tinker``, or run a program with it::
+Either call `install_as_tinker` before anything imports ``tinker``, or run the program like this::
 
     python -m tinkex.as_tinker train.py --steps 10
     python -m tinkex.as_tinker -m some_library.recipe --steps 10
@@ -23,24 +23,24 @@ from typing import Any, Dict, List, Optional, Sequence
 import tinkex
 from tinkex.errors import ConfigError
 
-#: Official module -> ours.
+#: Official module -> the module of tinkex that takes its place.
 _HOMES: Dict[str, str] = {
     "tinker": "tinkex",
     "tinker._exceptions": "tinkex.errors",
     "tinker.lib.retry_handler": "tinkex.lib.public_interfaces",
 }
 
-#: Between the words of a class name: ModelInput, APIFuture, ModelID.
+#: The boundary between two words of a class name: ModelInput, APIFuture, ModelID.
 _WORD_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def install_as_tinker() -> None:
-    """Make ``import tinker``, in all of this process, import tinkex.
+    """Make ``import tinker`` import tinkex, everywhere in this process.
 
-    ``tinker`` is then the package tinkex itself; ``tinker.types``, ``tinker.types.tensor_data`` and
-    the like, ``tinker.lib.public_interfaces`` and ``tinker._exceptions`` are its modules.  Others
-    raise ModuleNotFoundError.  Calling it again has no effect.  Child processes that start a new
-    interpreter (such as multiprocessing's "spawn") must call it themselves.
+    ``tinker`` is then the package tinkex itself.  ``tinker.types``, ``tinker.types.tensor_data``
+    and the like, ``tinker.lib.public_interfaces`` and ``tinker._exceptions`` are modules of tinkex;
+    any other module raises ModuleNotFoundError.  Calling this again has no effect.  A child process
+    that starts a new interpreter (e.g. with multiprocessing's "spawn") must call it itself.
 
     Raises:
         ConfigError: the official SDK, or another package named ``tinker``, is already imported.
@@ -60,7 +60,7 @@ def install_as_tinker() -> None:
 
 
 def _home(name: str) -> Optional[str]:
-    """Return our module for the official module *name*; None if there is none."""
+    """Return the tinkex module for the official module *name*; None if there is none."""
     if name in _HOMES:
         return _HOMES[name]
     parent, _, module = name.rpartition(".")
@@ -88,24 +88,24 @@ class _TinkerFinder(MetaPathFinder, Loader):
         if fullname.partition(".")[0] != "tinker":
             return None
         if _home(fullname) is None:
-            # Not left to the other finders: as __path__ is that of tinkex, they could import a
-            # second copy of a module of ours.
+            # Not left to the other finders: the __path__ is tinkex's own, so they might import one
+            # of its modules a second time.
             raise ModuleNotFoundError(
                 f"No module named {fullname!r} (tinkex takes the place of tinker)", name=fullname
             )
         return ModuleSpec(fullname, self)
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Let the import system create a module, which `exec_module` replaces."""
+        """Let the import system create a module; `exec_module` replaces it."""
 
     def exec_module(self, module: ModuleType) -> None:
-        # Replaced here, because the import system would overwrite the __spec__ of a module that
-        # create_module returned.
+        # Replaced here rather than in create_module: the import system would overwrite the __spec__
+        # of our module.
         sys.modules[module.__name__] = importlib.import_module(_home(module.__name__) or "")
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
-    """Run a program with tinkex in the place of ``tinker``: ``python -m tinkex.as_tinker``."""
+    """Run a program with tinkex in place of ``tinker``: ``python -m tinkex.as_tinker``."""
     parser = argparse.ArgumentParser(
         prog="python -m tinkex.as_tinker",
         usage="%(prog)s program.py [argument ...]\n       %(prog)s -m module [argument ...]",
@@ -118,7 +118,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     install_as_tinker()
     sys.argv = [given.program, *given.arguments]
     if given.is_module:
-        # "python -m" has put the current folder first in sys.path, as it would for the program.
+        # "python -m" has already put the current folder first in sys.path, as the program expects.
         runpy.run_module(given.program, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = os.path.dirname(os.path.abspath(given.program))

@@ -29,30 +29,30 @@ _KEY_TIMEOUT_S = 30.0
 
 
 def get_tinker_token() -> Optional[str]:
-    """The key of the environment, else the stored one, else None.
+    """Return the key from the environment, or else the stored key, or else None.
 
     The credential command is not run.
 
     Raises:
-        CredentialError: the credentials file is needed, and broken.
+        CredentialError: the credentials file is needed, but broken.
     """
     return os.environ.get(KEY_VARIABLE, "").strip() or stored_key()
 
 
 def tinker_has_credentials() -> bool:
-    """Whether there is a key, or a credential command.  Sends nothing and runs nothing.
+    """Return whether there is a key or a credential command.  Sends nothing and runs nothing.
 
     Raises:
-        CredentialError: the credentials file is needed, and broken.
+        CredentialError: the credentials file is needed, but broken.
     """
     return bool(os.environ.get(COMMAND_VARIABLE, "").strip()) or get_tinker_token() is not None
 
 
 def credential_source() -> Optional[str]:
-    """Where the key or token comes from, as text; None if there is none.
+    """Return where the key or token comes from, as text; None if there is none.
 
     Raises:
-        CredentialError: the credentials file is needed, and broken.
+        CredentialError: the credentials file is needed, but broken.
     """
     if os.environ.get(KEY_VARIABLE, "").strip():
         return f"the environment (${KEY_VARIABLE})"
@@ -61,26 +61,28 @@ def credential_source() -> Optional[str]:
     try:
         file = CredentialsFile()
     except CredentialError:
-        return None  # no home, no file
+        return None  # without a home folder there is no file
     stored = file.default()
     return None if stored is None else f"{stored.name or 'a key'} ({file.path})"
 
 
 def raise_if_tinker_not_accessible() -> None:
-    """Ask the server of the environment for its capabilities, once; return if it responds.
+    """Ask the server that the environment names for its capabilities, without retries.
+
+    Returns if the server accepts the key.  Blocks.
 
     Raises:
         CredentialError: there is no usable key.
-        APIError: the server refuses it, or cannot be reached.
+        APIError: the server refuses the key, or cannot be reached.
     """
     check_access(Config.resolve())
 
 
 def check_access(config: Config) -> None:
-    """Ask the server of *config* for its capabilities, once.  Blocks.
+    """Ask the server of *config* for its capabilities, without retries.  Blocks.
 
     Raises:
-        CredentialError, APIError: as `raise_if_tinker_not_accessible`.
+        CredentialError, APIError: as for `raise_if_tinker_not_accessible`.
         ResponseDecodeError: the server is not a Tinker server.
     """
     path = CAPABILITIES_PATH
@@ -103,8 +105,8 @@ def ask_once(transport: Transport, request: Request) -> Reply:
     """Send *request* once and return its 2xx response.  Blocks.
 
     Raises:
-        APIError: there was another response, or none.  A response that looks like a gateway's
-            counts as the server's.
+        APIError: the response was not 2xx, or there was none.  A response that looks like a
+            gateway's counts as the server's.
     """
     try:
         reply = transport.send_once(request)
@@ -112,8 +114,8 @@ def ask_once(transport: Transport, request: Request) -> Reply:
             raise transport.status_error(request, reply)
         return reply
     except APIConnectionError as error:
-        # Without a second attempt it cannot be told whether a gateway sent it: the error that the
-        # user sees is the one about the response.
+        # Without a second attempt we cannot know whether a gateway sent the response, so the user
+        # gets the error about the response itself.
         own = server_error_behind(error)
         if own is None:
             raise
@@ -121,11 +123,11 @@ def ask_once(transport: Transport, request: Request) -> Reply:
 
 
 def about_key(config: Config) -> ApiKeyInfo:
-    """What the server knows of the key of *config*.  Tried once; blocks.
+    """Return what the server knows about the key of *config*.  Not retried; blocks.
 
     Raises:
-        NotFoundError: the server does not report that.
-        APIError: it refuses the key, or cannot be reached.
+        NotFoundError: the server does not report on keys.
+        APIError: the server refuses the key, or cannot be reached.
     """
     reply = _ask_about_key(config, "GET")
     try:
@@ -140,17 +142,20 @@ def revoke_key(config: Config) -> None:
 
 
 def _ask_about_key(config: Config, method: str) -> Reply:
-    # With the key itself: a token in its place would have no entry of its own.
+    # With the key itself: a token issued for it would have no entry of its own on the server.
     request = Request(method, _KEY_PATH, read_timeout_s=_KEY_TIMEOUT_S, raw_credential=True)
     return _ask_once(config, request)
 
 
 def whoami(transport: Transport) -> WhoamiResponse:
-    """Who the credential belongs to, according to its token.  Blocks if a token must be had first.
+    """Return who the credential belongs to, according to its token.
+
+    Blocks if a token must be requested first.
 
     Raises:
-        CredentialError: there is no key, or the server issues no tokens and the key is not one.
-        APIError: the server refuses to issue one, or cannot be reached.
+        CredentialError: there is no key; or the server issues no tokens, and the key is not a
+            token itself.
+        APIError: the server refuses to issue a token, or cannot be reached.
     """
     config = transport.config
     if not config.api_key and not config.credential_cmd:

@@ -1,4 +1,4 @@
-"""Config: all settings of a client, resolved once, when it is created."""
+"""Config: all settings of a client, resolved once, when the client is created."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ACCESS_VARIABLES = {
     "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
 }
 
-#: Values of a variable that switch something on.
+#: Values of an environment variable that mean "on".
 _YES = ("1", "true", "yes", "on")
 
 _CHOICES = {
@@ -46,7 +46,7 @@ _COUNTS = (
     "max_heartbeat_failures",
 )
 
-#: Variables that name a CA bundle; the first that is set is used.
+#: Environment variables that name a CA bundle; the first one set is used.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -59,47 +59,50 @@ class Config:
     Attributes:
         base_url: the server, without a trailing slash; may hold a path prefix.  It is normalized:
             scheme and host in lower case, the path escaped.
-        api_key: sent as ``X-API-Key``, or exchanged for a token if the server requires that; None
-            for servers that need none.
+        api_key: sent as ``X-API-Key``, or exchanged for a token if the server requires one; None
+            for servers that need no key.
         credential_cmd: a shell command that prints a key or a token, run whenever one is needed;
-            used if there is no api_key, or if the server requires it.
+            used if there is no api_key, or if the server requires the command.
         project_id, tags, user_metadata, display_name: labels of new sessions.
         wire: how training batches are sent: ``"auto"``, ``"protobuf"`` or ``"json"``.
-        extra_headers: sent with every request to base_url; they override headers of the library.
+        extra_headers: headers sent with every request to base_url; they override the library's own.
         access_headers: like extra_headers, but from the environment, for a proxy in front of the
             server.
         connect_timeout_s, read_timeout_s: timeouts of one HTTP attempt.
         poll_timeout_s: read timeout of a long poll; must exceed the server's longest hold.
         startup_timeout_s: a server that cannot be reached is reported after this long.
-        max_outage_s: once a session exists, calls are retried through an outage for this long.
+        max_outage_s: how long calls are retried during an outage, once a session exists.
         operation_timeout_s: a future fails after this long; None disables it.
-        no_progress_timeout_s: a future fails after this long without contact; None disables it.
-        notice_after_s: the reason for a wait is logged after this long, then at growing intervals.
-        heartbeat_interval_s: interval between heartbeats of a session.
+        no_progress_timeout_s: a future fails after this long without contact with the server; None
+            disables it.
+        notice_after_s: the reason for a wait is logged after this long, and then at growing
+            intervals.
+        heartbeat_interval_s: interval between the heartbeats of a session.
         heartbeat_warn_after_s: warn when no heartbeat has succeeded for this long.
         max_heartbeat_failures, max_heartbeat_failure_s: a session counts as lost after this many
             consecutive failures, or this long without a success; None means never.
         quiet: log the server-side end of a session at DEBUG instead of INFO.
         on_billing: ``"raise"`` a 402 immediately, or ``"wait"`` until the account is topped up.
-        proxy: URL of the HTTP proxy to use for this base URL, or None.
+        proxy: URL of the proxy to use for base_url, or None.
         ca_bundle: path of a CA bundle to trust instead of the built-in one, or None; ``~`` is the
             home folder.
-        max_concurrent_samples: sampling requests in flight, where each takes a thread; others are
-            queued.  The server may lower it.
-        max_unanswered_samples: the same where one poll waits for all samples of a sampler, so that
-            a sample takes no thread.
-        max_sample_bytes, max_batch_bytes, max_result_bytes: limits on sampling requests being
-            submitted, training batches being submitted, and large results being fetched, each
-            in total; others are queued.  The server's limit applies if it is lower, or for None.
-        max_unread: the most unread futures; None is unlimited.  A future is read by its result,
-            its exception or a callback, or when it is garbage-collected.
+        max_concurrent_samples: the most sampling requests in flight if each takes a thread; others
+            are queued.  The server may lower this limit.
+        max_unanswered_samples: the same limit if one poll waits for all samples of a sampler, so
+            that a sample takes no thread.
+        max_sample_bytes, max_batch_bytes, max_result_bytes: the most bytes, in total, of sampling
+            requests being submitted, of training batches being submitted, and of large results
+            being fetched; others are queued.  The server's limit applies if it is lower, or for
+            None.
+        max_unread: the most unread futures; None means no limit.  A future counts as read after
+            `result`, `exception` or a callback, or once it is garbage-collected.
         on_backpressure: what happens to a call beyond *max_unread*, and to a request that the
-            server rejects with 429 (in a training run always ``"wait"``): ``"wait"``, or
-            ``"raise"`` BackpressureError or RateLimitError immediately.
+            server rejects with 429: ``"wait"``, or ``"raise"`` BackpressureError or RateLimitError
+            immediately.  Training runs always wait after a 429.
         telemetry: report sessions and failures to the server; see `tinkex._sessions.telemetry`.
-        tracing: make OpenTelemetry spans of operations and requests; see docs/telemetry.md.
-        budget: requests that might exceed it raise `BudgetExceededError` before they are sent.
-        prices: `Price` by name of base model; ``"*"`` matches all others.
+        tracing: make OpenTelemetry spans for operations and requests; see docs/telemetry.md.
+        budget: a request that might exceed it raises `BudgetExceededError` and is not sent.
+        prices: `Price` by base model name; ``"*"`` matches all other models.
     """
 
     base_url: str
@@ -146,7 +149,7 @@ class Config:
         set_field(self, "proxy", normal_proxy(self.proxy) if self.proxy else None)
         if self.ca_bundle is not None:
             set_field(self, "ca_bundle", _expanded("ca_bundle", self.ca_bundle))
-        # Copied, because the caller may change them later.
+        # Copied, because the caller may later change them.
         for name in ("user_metadata", "extra_headers", "access_headers"):
             set_field(self, name, _string_map(name, getattr(self, name)))
         set_field(self, "tags", _strings("tags", self.tags))
@@ -167,8 +170,8 @@ class Config:
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
                 )
         self._take_numbers()
-        # Only where it is used: a variable of the environment may name one that is meant for other
-        # programs.
+        # Check the CA bundle only if it is used: the environment may name one that is meant for
+        # other programs.
         if (
             self.ca_bundle
             and self.base_url.startswith("https:")
@@ -207,21 +210,21 @@ class Config:
     ) -> Config:
         """Create a Config from keywords, then the environment, then defaults.
 
-        A keyword that is None counts as missing.  Variables read: ``TINKER_BASE_URL``,
+        A keyword that is None counts as missing.  These variables are read: ``TINKER_BASE_URL``,
         ``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS``
-        (comma-separated), ``CLOUDFLARE_ACCESS_CLIENT_ID`` and ``_SECRET``,
-        ``TINKER_TELEMETRY`` (1, true, yes or on), and, through the standard library, the usual
-        proxy and CA variables.  Without a key or a command, the default key of
-        ``~/.tinker/credentials.json`` is used, if there is one.
+        (comma-separated), ``CLOUDFLARE_ACCESS_CLIENT_ID`` and ``_SECRET``, ``TINKER_TELEMETRY`` (1,
+        true, yes or on), and, through the standard library, the usual proxy and CA variables.
+        Without a key or a command, the default key in ``~/.tinker/credentials.json`` is used, if
+        there is one.
 
-        If *own_credentials* is False, the key, the command and the access headers of this process
-        are not used, because the keywords name a server that must not get them.
+        If *own_credentials* is False, this process's key, command and access headers are not used:
+        the keywords name a server that must not receive them.
 
         Servers on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
         Raises:
-            ConfigError: an unknown setting, or a value out of range.
-            CredentialError: the credentials file is needed but cannot be read.
+            ConfigError: a setting is unknown, or a value is invalid.
+            CredentialError: the credentials file is needed, but cannot be read or is broken.
         """
         env = os.environ if environ is None else environ
         known = {field.name for field in dataclasses.fields(cls)}
@@ -263,7 +266,8 @@ class Config:
             source += f"\0{self.credential_cmd}"
         return _digest(source)
 
-    # Copies of what refers to a Config keep its key; by `__reduce__`, they would lose it.
+    # A copy of an object that refers to a Config keeps its key; through `__reduce__`, it would lose
+    # the key.
     def __copy__(self) -> Config:
         return self
 
@@ -271,14 +275,14 @@ class Config:
         return self
 
     def __reduce__(self) -> Tuple[Callable[..., Config], Tuple[Any, ...]]:
-        # Without credentials: the process that unpickles it uses its own.
+        # Leave out credentials: the process that unpickles the Config uses its own.
         fields = (field.name for field in dataclasses.fields(self))
         kept = {name: getattr(self, name) for name in fields if name not in _SECRET}
         return _resolve, (kept,)
 
 
 def check_config(config: object) -> Config:
-    """Return *config*; InvalidInputError if it is something else."""
+    """Return *config*; InvalidInputError if it is not a Config."""
     if not isinstance(config, Config):
         raise InvalidInputError(
             f"config is of type {type(config).__name__}, not a Config",
@@ -296,7 +300,7 @@ def _resolve(settings: Mapping[str, Any]) -> Config:
 
 
 def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
-    """Return the server that clients of this process connect to by default.
+    """Return the base URL that clients of this process use by default.
 
     Raises:
         ConfigError: ``TINKER_BASE_URL`` is not the http(s) URL of a server.
@@ -308,7 +312,7 @@ def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
 def _add_own_credentials(
     given: Dict[str, Any], env: Mapping[str, str], environ: Optional[Mapping[str, str]]
 ) -> None:
-    """Add the key, the command and the access headers of this process if none are given."""
+    """Add this process's key, command and access headers if none are given."""
     given["credential_cmd"] = given["credential_cmd"] or _stripped(env.get(COMMAND_VARIABLE))
     given["api_key"] = given["api_key"] or _stripped(env.get(KEY_VARIABLE))
     if given["api_key"] is None and given["credential_cmd"] is None:
@@ -318,7 +322,7 @@ def _add_own_credentials(
 
 
 def _stripped(text: Any) -> Any:
-    """Return *text* without surrounding whitespace, as keys read from files have; None if empty."""
+    """Return *text* stripped (keys read from files often end in a line break); None if empty."""
     return text.strip() or None if isinstance(text, str) else text
 
 
@@ -328,14 +332,14 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _expanded(name: str, path: object) -> str:
-    """Return *path* as a string, with the home folder in place of ``~``."""
+    """Return *path* as a string, with ``~`` replaced by the home folder."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"{name} is of type {type(path).__name__}, not a path")
     return os.path.expanduser(os.fspath(path))
 
 
 def _strings(name: str, given: Any) -> Tuple[str, ...]:
-    """Return *given*, strings or one string with commas, as a tuple of strings."""
+    """Return *given*, a list of strings or one comma-separated string, as a tuple of strings."""
     if isinstance(given, str):
         return tuple(part.strip() for part in given.split(",") if part.strip())
     found = tuple(given) if isinstance(given, Iterable) else (given,)
@@ -363,7 +367,7 @@ def _string_map(name: str, given: Any) -> Dict[str, str]:
 
 
 def check_header(what: str, text: str) -> None:
-    """Raise ConfigError unless *text* can be sent as a header; the message does not contain it."""
+    """Raise ConfigError unless *text* can be sent as a header; the message leaves *text* out."""
     if not isinstance(text, str):
         raise ConfigError(f"{what} is {a_type(text)}, not a string")
     if (
@@ -371,8 +375,8 @@ def check_header(what: str, text: str) -> None:
         or text != text.strip()
     ):
         raise ConfigError(
-            f"{what} cannot be sent: it holds a line break, a control character, spaces around it "
-            "or a character outside Latin-1"
+            f"{what} cannot be sent: it holds a line break, a control character, surrounding "
+            "spaces or a character outside Latin-1"
         )
 
 

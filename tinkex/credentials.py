@@ -1,7 +1,7 @@
 """Credentials: where a key comes from, and the claims of a token (docs/authentication.md).
 
-The order: the argument, ``$TINKER_API_KEY``, ``$TINKER_CREDENTIAL_CMD``, the default key that
-`tinkex auth login` stored.  The file may be shared with the official client.  No threads.
+The order is: the argument, ``$TINKER_API_KEY``, ``$TINKER_CREDENTIAL_CMD``, and the default key
+that `tinkex auth login` stored.  The file may be shared with the official client.  No threads.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class StoredKey:
-    """One key of the file.
+    """One key in the file.
 
     Attributes:
         key: the secret itself.
-        type: ``"manual"`` (typed in) or ``"generated"`` (made for this machine by the server).
-        details: who it belongs to, as ``auth/apikey/me`` reports it.
+        type: ``"manual"`` (typed in) or ``"generated"`` (made by the server for this machine).
+        details: whose key it is, as ``auth/apikey/me`` reports.
     """
 
     key: str = dataclasses.field(repr=False)
@@ -43,23 +43,23 @@ class StoredKey:
     details: Optional[Mapping[str, Any]] = None
 
     def to_json(self) -> Dict[str, Any]:
-        """The entry in the file."""
+        """Return the entry for the file."""
         entry = {name: value for name, value in vars(self).items() if value is not None}
         return {"type": entry.pop("type"), **entry}
 
 
 class CredentialsFile:
-    """``~/.tinker/credentials.json``, readable by its owner only.  Every call reads it again.
+    """``~/.tinker/credentials.json``, readable only by its owner.  Every call rereads it.
 
     Args:
-        path: of the file; by default the one in the home folder.
+        path: the file's path; by default in the home folder.
     """
 
     def __init__(self, path: Optional[Path] = None) -> None:
         self.path = default_path() if path is None else path
 
     def default(self) -> Optional[StoredKey]:
-        """The default key; None if there is none.  Raises CredentialError for a broken file."""
+        """Return the default key, or None.  Raises CredentialError if the file is broken."""
         content = self._read()
         default, keys = content.get("default"), content["keys"]
         if default is None:
@@ -77,14 +77,14 @@ class CredentialsFile:
         )
 
     def store_default(self, key_id: str, key: StoredKey) -> None:
-        """Write *key* as the default one, besides the others; CredentialError if that fails."""
+        """Store *key* as the default, and keep the others; CredentialError if that fails."""
         content = self._read()
         content["keys"][key_id] = key.to_json()
         content["default"] = key_id
         self._write(content)
 
     def forget_default(self) -> None:
-        """Remove the default key; nothing happens if there is none."""
+        """Remove the default key; a no-op if there is none."""
         content = self._read()
         default = content.pop("default", None)
         if default is not None:
@@ -121,7 +121,7 @@ class CredentialsFile:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.parent.chmod(0o700)
-            # In the same folder, so that the replacement is atomic; made with mode 0600.
+            # In the same folder, so that os.replace is atomic; mkstemp makes it with mode 0600.
             handle, name = tempfile.mkstemp(prefix=".credentials-", dir=self.path.parent)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -140,7 +140,7 @@ class CredentialsFile:
 
 
 def _parse(raw: bytes) -> Any:
-    """The decoded content, or None; not an exception, which would contain the keys."""
+    """Return the decoded content, or None: an exception would contain the keys."""
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -148,7 +148,7 @@ def _parse(raw: bytes) -> Any:
 
 
 def default_path(environ: Optional[Mapping[str, str]] = None) -> Path:
-    """Where the file is, for the process or for another environment.
+    """Return the path of the file, for this process or for another environment.
 
     Raises:
         CredentialError: there is no home folder.
@@ -165,7 +165,7 @@ def default_path(environ: Optional[Mapping[str, str]] = None) -> Path:
 
 
 def stored_key(environ: Optional[Mapping[str, str]] = None) -> Optional[str]:
-    """The stored default key, or None.  Raises CredentialError for a broken file."""
+    """Return the stored default key, or None.  Raises CredentialError if the file is broken."""
     try:
         path = default_path(environ)
     except CredentialError:
@@ -176,17 +176,17 @@ def stored_key(environ: Optional[Mapping[str, str]] = None) -> Optional[str]:
 
 def is_jwt(text: str) -> bool:
     """True if *text* is a token rather than a key."""
-    # Base64 of ``{"``, with which every JWT begins.
+    # This is ``{"`` in base64, with which every JWT begins.
     return text.startswith("eyJ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a JWT claims, unverified: the server verifies it, and the client only plans by it.
+    """What a JWT claims, unverified: the server verifies it; the client only plans renewals by it.
 
     Attributes:
         issued_at, expires_at: seconds since the epoch.
-        issuer: a prefix ``passport-`` marks the hosted service's own.
+        issuer: the prefix ``passport-`` marks the hosted service's own tokens.
     """
 
     issued_at: Optional[float] = None
@@ -214,7 +214,7 @@ def read_claims(jwt: str) -> Optional[Claims]:
         value = claims.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return None
-        return float(value) if abs(value) < 1e15 else None  # neither NaN, infinite nor absurd
+        return float(value) if abs(value) < 1e15 else None  # not NaN, infinite or absurd
 
     def text(name: str) -> Optional[str]:
         value = claims.get(name)

@@ -6,22 +6,22 @@
       ConfigError                     a setting is wrong or missing; nothing was sent
         CredentialError               there is no usable key or token
       InvalidInputError (ValueError)  an argument is wrong; nothing was sent
-      BudgetExceededError             it might exceed the budget; nothing was sent
+      BudgetExceededError             a request might exceed the budget; nothing was sent
       BackpressureError               too many results are unread; nothing was sent
       ClientClosedError               the client was closed, or crossed a fork
       DownloadCancelledError          a download was cancelled; the partial files are kept
       LocalServerError                the embedded server could not start or load its model
-      RunFolderError                  a run folder is in use, damaged, or of another run
-      APIError                        the server, or the way to it, failed
+      RunFolderError                  a run folder is in use, damaged, or another run's
+      APIError                        the server, or the connection to it, failed
         APIConnectionError            no response: DNS, refused, reset, TLS
           APITimeoutError             no response in time
         ResponseDecodeError           a response that violates the protocol
-        UnsupportedError              a response without what was requested: an older server
+        UnsupportedError              the server is too old and ignored part of the request
         APIStatusError                a response with an error status
           BadRequestError 400, AuthenticationError 401, BillingError 402,
           PermissionDeniedError 403, NotFoundError 404, ConflictError 409,
           UnprocessableEntityError 422, RateLimitError 429, InternalServerError 5xx
-          RouteMissingError           404, 405 or 501: the server has no such route
+          RouteMissingError           404, 405 or 501: the server lacks the route
       RequestFailedError              the server accepted the work, and the work failed
       ResultExpiredError              the work may be done, but its result is gone
       SessionLostError                work failed because the session had ended
@@ -30,9 +30,9 @@
       OperationTimeoutError           operation_timeout_s passed
         NoProgressError               no contact with the server for no_progress_timeout_s
 
-Details are attributes, not only text: ``status``, ``request_id``, ``session_id``, ``category``,
-``attempts``, ``elapsed_s``, ``retryable``, ``hint`` (None where unknown).  All errors pickle.
-None contains an API key.
+Details are also attributes: ``status``, ``request_id``, ``session_id``, ``category``, ``attempts``,
+``elapsed_s``, ``retryable``, ``hint`` (None if unknown).  All errors can be pickled.  No error
+contains an API key.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class TinkexError(Exception):
         message: what happened, without the hint.
         status: HTTP status of the response, if there was one.
         request_id: id of the server-side work, if it was accepted.
-        session_id: the session the work belonged to.
-        category: ``"user"``, ``"server"`` or ``"unknown"`` as the server classed the failure.
+        session_id: the session that the work belonged to.
+        category: how the server classed the failure: ``"user"``, ``"server"`` or ``"unknown"``.
         attempts: how many times the request was sent.
         elapsed_s: seconds from the first attempt to the failure.
-        retryable: True if the same call may work later without a change.
-        hint: what to do about it.
+        retryable: True if the same call may succeed later.
+        hint: what to do about the error.
     """
 
     retryable: bool = False
@@ -94,7 +94,7 @@ class TinkexError(Exception):
         return f"{text}\n  {self.hint}" if self.hint else text
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        # By default exceptions pickle only their args, which would lose the keywords.
+        # By default exceptions pickle only their args, without the keyword arguments.
         return _rebuild, (type(self), self.message), self.__dict__
 
 
@@ -120,9 +120,9 @@ class BudgetExceededError(TinkexError):
     """The request might exceed the client's ``budget``.  Nothing was sent.
 
     Attributes:
-        unit: ``"USD"`` or ``"tokens"``, of the amounts below.
+        unit: the unit of the amounts below, ``"USD"`` or ``"tokens"``.
         used: cost of finished requests.
-        reserved: the most that requests in progress may cost; shrinks as their results arrive.
+        reserved: the most that requests in progress may still cost; shrinks as results arrive.
         adds: the most that this request may cost.
         limit: the budget.
     """
@@ -135,7 +135,7 @@ class BudgetExceededError(TinkexError):
 
 
 class BackpressureError(TinkexError):
-    """``max_unread`` results were not read, and ``on_backpressure`` is ``"raise"``.
+    """``max_unread`` results are unread, and ``on_backpressure`` is ``"raise"``.
 
     Nothing was sent.
     """
@@ -156,18 +156,18 @@ class LocalServerError(TinkexError):
 
     Attributes:
         data_dir: the data directory, if it is the reason; ``__cause__`` is then the system's error,
-            a BlockingIOError if another server uses it.
+            e.g. BlockingIOError if another server uses the directory.
     """
 
     data_dir: Optional[str] = None
 
 
 class RunFolderError(TinkexError):
-    """The folder of a run cannot be used: in use, of another run, damaged, or not writable."""
+    """A run folder cannot be used: it is in use, another run's, damaged, or not writable."""
 
 
 class APIError(TinkexError):
-    """The server, or the way to it, failed.
+    """The server, or the connection to it, failed.
 
     Attributes:
         maybe_taken: True if the server may have accepted the request although no response arrived.
@@ -191,7 +191,7 @@ class ResponseDecodeError(APIError):
 
 
 class UnsupportedError(APIError):
-    """The server is too old for a part of the request, and ignored it."""
+    """The server is too old for a part of the request, and ignored that part."""
 
 
 class APIStatusError(APIError):
@@ -220,7 +220,7 @@ class BadRequestError(APIStatusError):
 
 
 class AuthenticationError(APIStatusError):
-    """401: no key, or one that is not valid on this server."""
+    """401: there is no key, or the key is not valid on this server."""
 
 
 class BillingError(APIStatusError):
@@ -256,11 +256,11 @@ class InternalServerError(APIStatusError):
 
 
 class RouteMissingError(APIStatusError):
-    """The server does not have the route (404, 405 or 501); not raised for a missing object."""
+    """The server lacks the route (404, 405 or 501).  Not raised for a missing object."""
 
 
 class RequestFailedError(TinkexError):
-    """The server accepted the work, and the work failed.  ``category`` is the cause."""
+    """The server accepted the work, and the work failed.  ``category`` says who caused it."""
 
 
 class ResultExpiredError(TinkexError):
@@ -275,13 +275,13 @@ class IncompleteGradientError(TinkexError):
     """Part of a batch was added to the run's gradient, or may have been; the rest was not.
 
     Weights and optimizer state are unchanged and can be saved.  The run takes no optimizer step
-    until the same call, repeated, has added the rest, or a checkpoint is loaded, which discards the
+    until you repeat the same call, which adds the rest, or load a checkpoint, which discards the
     gradient: see `TrainingClient.forward_backward`.
     """
 
 
 class SequenceLostError(TinkexError):
-    """Client and server disagree on a run's seq_ids: the server expects one already used.
+    """Client and server disagree on a run's seq_ids: the server expects one that was already used.
 
     ``hint`` explains how to continue from the last checkpoint.
     """
@@ -296,7 +296,7 @@ class NoProgressError(OperationTimeoutError):
 
 
 class ExperimentalWarning(FutureWarning):
-    """The official SDK's warning about calls that may change; here only for warning filters."""
+    """The official SDK's warning about calls that may change; exists only for warning filters."""
 
 
 _BY_STATUS: Dict[int, Type[APIStatusError]] = {

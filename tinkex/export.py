@@ -1,7 +1,7 @@
-"""Export: the weights of a run as a folder that transformers and PEFT load.
+"""Exports the weights of a run to a folder that transformers and PEFT can load.
 
-`export_model` takes a run folder, a ``tinker://`` path or an adapter that was downloaded, and
-writes the adapter, or the model with the adapter merged into it.  Its command is ``tinkex export``.
+`export_model` takes a run folder, a ``tinker://`` path or a downloaded adapter, and writes the
+adapter, or the model with the adapter merged into it.  The command is ``tinkex export``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ def export_model(
     rest: Optional[RestClient] = None,
     progress: Optional[Progress] = None,
 ) -> Path:
-    """Write trained weights to the folder *dest*, as transformers and PEFT load them.  Blocks.
+    """Write trained weights to the folder *dest*, for transformers and PEFT to load.  Blocks.
 
     Without *merge*, *dest* gets the adapter, which ``AutoPeftModelForCausalLM.from_pretrained``
-    loads as it is; with it, the whole model, for ``AutoModelForCausalLM`` and for programs that
-    know no adapters.  The tokenizer is beside it in either case.  Merging is exact also for models
-    whose output layer is tied to their embedding.  *dest* is complete, or not there.
+    loads as it is.  With *merge*, it gets the whole model, for ``AutoModelForCausalLM`` and for
+    programs that cannot use adapters.  The tokenizer is included in either case.  Merging is exact
+    even for models whose output layer is tied to their embedding.  *dest* is written atomically: it
+    is complete or absent.
 
     Needs ``pip install "tinkex[local]"``, and the base model (for an adapter, only its
     configuration and its tokenizer).
@@ -47,11 +48,13 @@ def export_model(
         source: a run folder, whose newest checkpoint is taken from the run's server (an embedded
             server is started for it); the ``tinker://`` path of a checkpoint; or the folder of an
             adapter, as `RestClient.download_checkpoint` makes it.
-        dest: is made, with its parents; it must not exist or be empty.  ``~`` is the home folder.
-        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
-            what the checkpoint names.
-        rest: a client of the server that has the path; by default one made from the environment.
-        progress: called with the bytes downloaded and their total, or None.
+        dest: the folder to write to, created with its parents; if it exists, it must be empty.
+            ``~`` is the home folder.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default the
+            one that the checkpoint names.
+        rest: a client of the server that holds the ``tinker://`` path; by default one made from the
+            environment.
+        progress: called with the number of bytes downloaded and the total (None if unknown).
 
     Returns:
         The absolute path of *dest*.
@@ -60,10 +63,10 @@ def export_model(
         InvalidInputError: *source* is none of these, is damaged, or does not fit the base model; or
             *dest* is taken.
         RunFolderError: the run has no checkpoint.
-        NotFoundError: the server does not have the checkpoint any more.
+        NotFoundError: the server no longer has the checkpoint.
         APIError: the server cannot be reached, or has failed.
-        LocalServerError: the base model cannot be had, or a package is missing.
-        TinkexError: *dest* cannot be written, as on a full disk.
+        LocalServerError: the base model cannot be obtained, or a package is missing.
+        TinkexError: *dest* cannot be written, e.g. because the disk is full.
     """
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
     try:
@@ -100,13 +103,13 @@ def _write(adapter: Path, dest: Path, base_model: str, merge: bool) -> None:
             portable.merge_adapter(adapter, dest, base_model=base)
         else:
             portable.copy_adapter(adapter, dest, base)
-    except SafetensorError as error:  # of a full disk, too
+    except SafetensorError as error:  # also raised if the disk is full
         raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside *target*, and convert its OSErrors."""
+    """Yield a temporary folder beside *target*; raise OSErrors of the block as TinkexError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
@@ -114,14 +117,14 @@ def _writing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise TinkexError(
             f"cannot write {target}: {error.strerror or error}",
-            hint="Nothing is left there. Free some space, or choose another folder.",
+            hint="Nothing was left behind.  Free some space, or choose another folder.",
         ) from error
 
 
 def _fetch(
     source: str, dest: Path, rest: Optional[RestClient], progress: Optional[Progress]
 ) -> Tuple[Path, Optional[str]]:
-    """Return the folder of the adapter, *dest* if it is downloaded, and its base model if known."""
+    """Return the adapter's folder (*dest* if it was downloaded), and its base model if known."""
     if source.startswith(SCHEME):
         if rest is not None:
             return _download(rest, source, dest, progress), None
@@ -149,7 +152,7 @@ def _download(rest: RestClient, path: str, dest: Path, progress: Optional[Progre
         return fetch_checkpoint(rest.transport, path, dest, progress=progress)
     except NotFoundError as error:
         error.hint = (
-            "It was deleted, or has expired; `tinkex checkpoint list` shows those that are left."
+            "It was deleted, or has expired; `tinkex checkpoint list` shows the remaining ones."
         )
         raise
 
@@ -158,5 +161,5 @@ def _named_base(adapter: Path) -> Optional[str]:
     try:
         config: Any = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
         return str(config["base_model_name_or_path"] or "") or None
-    except (OSError, ValueError, KeyError, TypeError):  # its reader describes what is wrong
+    except (OSError, ValueError, KeyError, TypeError):  # its reader says what is wrong
         return None

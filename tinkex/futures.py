@@ -41,7 +41,7 @@ RunLater = Callable[[Callable[[], object]], None]
 
 _CALL = "future.result()"
 
-#: A wait for this long while polls fail is worth a warning, in seconds.
+#: Waiting this long while requests fail is worth a warning, in seconds.
 _TROUBLE_S = 10.0
 
 
@@ -51,14 +51,17 @@ class FutureStatus:
 
     Attributes:
         kind: the operation, e.g. ``"forward_backward"``.
-        state: ``"queued"`` here, ``"submitting"``, ``"waiting"`` for the server, or ``"done"``.
-        since_s: seconds in this state; of what is done, in the one before and since.
+        state: ``"queued"`` in the client, ``"submitting"``, ``"waiting"`` for the server, or
+            ``"done"``.
+        since_s: seconds since the operation entered this state; if it is done, since it entered
+            its last state before that.
         request_id: the server's id, once it has accepted the work.
-        queue_state, queue_state_reason: what the server reports about a pause, or about what the
-            work waits for, if anything.
+        queue_state, queue_state_reason: the server's report that the work is paused or waiting
+            for something, and why, if it sent one.
         attempts: polls sent so far.
         last_error: the message of the last error that was retried, or None.
-        blocked_on: why it is not submitted yet: what it waits for, and how much of that is in use.
+        blocked_on: why it has not been submitted yet: the limit it waits for, and how much of that
+            limit is in use.
     """
 
     kind: str
@@ -92,26 +95,26 @@ class FutureStatus:
 
 
 class APIFuture(Future[T], Generic[T]):
-    """The result of a long operation, later.
+    """The future result of a long-running operation.
 
     Works with `concurrent.futures.wait`, `as_completed` and `add_done_callback`.  `result(timeout)`
     bounds only the caller's wait: the operation continues.  `cancel` settles the future and stops
     polling for the result; the server may still do the work.  Thread-safe.
 
-    An error is never lost: if the future of failed work is collected, `result` or `exception` was
-    never called and it has no callback, the error is logged once: by the next call of any client,
-    by the heartbeats or at exit, whichever comes first.
+    An error is never lost: if a failed future is garbage-collected before `result` or `exception`
+    was called, and it has no callback, its error is logged once: by the next call of any client,
+    by the heartbeat thread or at exit, whichever comes first.
 
     Args:
         kind: the operation's name, for messages.
-        notice_after_s: a wait is explained in the log after this long: at INFO, or at WARNING once
-            there has been trouble and it has taken half a minute.
-        run_callback: how user callbacks are run; None runs them in the settling thread.
-        throttle_reason: returns, in words, why nothing is being submitted, or None.
+        notice_after_s: seconds until a wait is first explained in the log: at INFO, or at WARNING
+            if requests have failed and the wait has taken 10 s.
+        run_callback: runs user callbacks in another thread; None runs them in the settling thread.
+        throttle_reason: returns why nothing is being submitted, in words, or None.
     """
 
-    # What few futures ever set stays on the class: with more than 30 attributes of its own, an
-    # instance takes four times the memory, and there may be thousands.
+    # Attributes that few futures ever set have their defaults on the class: with more than 30
+    # attributes of its own, an instance takes four times the memory, and there may be thousands.
     _on_read: Optional[Callable[[], None]] = None
     _retrieved = True  # the finalizer also sees instances whose __init__ did not finish
     _begun = _withdrawn = _cancel_was_seen = False
@@ -121,15 +124,15 @@ class APIFuture(Future[T], Generic[T]):
     _failure: Optional[BaseException] = None
     _children: Sequence[APIFuture[Any]] = ()
     _cancels_children = True
-    # Written by one thread at a time (lane, then poller); read anywhere as plain values.
+    # Written by one thread at a time (the lane's, then the poller's); read without a lock.
     _request_id: Optional[str] = None
     queue_state: Optional[str] = None
     queue_state_reason: Optional[str] = None
     attempts = 0
     last_error: Optional[str] = None
-    #: Its span, if the client makes any.
+    #: The tracing span of the operation, if tracing is on.
     operation: Optional[Operation] = None
-    #: Set while it waits for something: describes that.
+    #: Set while the operation waits to be submitted: describes what it waits for.
     waiting_for: Optional[Callable[[], str]] = None
 
     def __init__(
@@ -146,16 +149,16 @@ class APIFuture(Future[T], Generic[T]):
         self._run_callback = run_callback
         self._throttle_reason = throttle_reason
         self._pid = os.getpid()
-        # Guards the callbacks (None once they were called), and what was decided once: whether
-        # the work has begun or was cancelled before that, whether waiters know of a cancel, and
-        # whether the outcome was read.  Reentrant, as a finalizer may run inside.
+        # Guards the callbacks (None once they have been called), and everything that must happen
+        # only once: the work begins or is cancelled first, waiters are notified of a cancel, and
+        # `_on_read` is called.  Reentrant, because a finalizer may run while it is held.
         self._lock = threading.RLock()
         self._callbacks: Optional[List[Callable[[Any], object]]] = []
         self._retrieved = False
         self._state_name = "queued"
         self._state_since = time.monotonic()
-        # The base class gets one callback, which runs all: it would keep its callbacks, and what
-        # they refer to, for as long as the future is kept.
+        # Register one callback with the base class, and have it run all of ours: the base class
+        # would keep its callbacks, and everything they refer to, as long as the future lives.
         super().add_done_callback(_run_callbacks)
 
     def result(self, timeout: Optional[float] = None) -> T:
@@ -171,7 +174,7 @@ class APIFuture(Future[T], Generic[T]):
             TinkexError: the operation failed.
         """
         self._await(timeout)
-        self._note_read()  # first, since an error is raised below
+        self._note_read()  # first, since the next call may raise
         value: T = super().result(0)
         return value
 
@@ -182,37 +185,37 @@ class APIFuture(Future[T], Generic[T]):
         return super().exception(0)
 
     def failed(self) -> bool:
-        """Whether it is settled, and not with a result.  Does not block, nor count as reading."""
+        """Return whether it failed or was cancelled.  Does not block or count as reading."""
         return self.done() and (self.cancelled() or super().exception(0) is not None)
 
     @property
     def was_read(self) -> bool:
-        """Whether `result` or `exception` was called on it, or it has run a callback."""
+        """True once `result` or `exception` was called, or a user callback was run."""
         return self._retrieved
 
     @property
     def entered(self) -> float:
-        """When it reached its state (monotonic)."""
+        """When the operation entered its current state (monotonic)."""
         return self._state_since
 
     @property
     def request_id(self) -> Optional[str]:
-        """The server's id of the work, or of its first part, once it was accepted."""
+        """The server's id of the work, or of its first part; None until it is accepted."""
         return self._children[0].request_id if self._children else self._request_id
 
     @property
     def in_parts(self) -> bool:
-        """True if it stands for other futures, which are counted themselves."""
+        """True if this future stands for several others, which are counted instead of it."""
         return bool(self._children)
 
     @property
     def was_sent(self) -> bool:
-        """True once it, or a part of it, has left the queue here to be submitted."""
+        """True once the work, or a part of it, has left the client's queue to be submitted."""
         return self._state_name != "queued" or any(child.was_sent for child in self._children)
 
     @property
     def was_accepted(self) -> bool:
-        """True once the server has accepted it, unless it has to be sent again."""
+        """True once the server has accepted the work, unless it must be sent again."""
         return self._state_name == "waiting"
 
     def future(self) -> Future[T]:
@@ -220,14 +223,14 @@ class APIFuture(Future[T], Generic[T]):
         return self
 
     def __await__(self) -> Generator[Any, None, T]:
-        """In a coroutine, ``await future`` is its result.  See `result_async`."""
+        """Let a coroutine ``await future`` to get its result.  See `result_async`."""
         return self.result_async().__await__()
 
     def result_async(self, timeout: Optional[float] = None) -> Coroutine[Any, Any, T]:
         """Like `result`, without blocking the running event loop.
 
-        Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
-        `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
+        Unlike `result`, this cancels the future when *timeout* seconds have passed, or when the
+        awaiting task is cancelled.  Raises asyncio's TimeoutError and CancelledError.
         """
         return outcome_of(self, self._long_wait(timeout), self._explain)
 
@@ -235,8 +238,8 @@ class APIFuture(Future[T], Generic[T]):
         """Return a coroutine that awaits the future, e.g. for ``asyncio.create_task``."""
         return self.result_async()
 
-    # Forgetting .result() is the commonest mistake, and the plain AttributeError does not name it.
-    if not TYPE_CHECKING:  # a checker would take every name for an attribute
+    # Forgetting .result() is the most common mistake; a plain AttributeError would not point to it.
+    if not TYPE_CHECKING:  # a type checker would accept every attribute name
 
         def __getattr__(self, name: str) -> Any:
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -245,13 +248,13 @@ class APIFuture(Future[T], Generic[T]):
                 message += f"; it is the future of {kind}: call .result(), as in {_CALL}.{name}"
             raise AttributeError(message)
 
-        def __getitem__(self, key: object) -> Any:  # iterating it comes here, too
+        def __getitem__(self, key: object) -> Any:  # iterating over a future calls this, too
             raise TypeError(
                 f"the future of {self.kind} holds no items: call .result(), as in {_CALL}[...]"
             )
 
     def __repr__(self) -> str:
-        # Plain values only: in the child of a fork the lock may be dead.
+        # Plain values only: in the child of a fork the lock may be held forever.
         state = self._outcome or self._state_name
         request = f", request {self._request_id}" if self._request_id else ""
         return f"<APIFuture {self.kind}: {state}{request}>"
@@ -283,25 +286,25 @@ class APIFuture(Future[T], Generic[T]):
         return throttle_reason() if unsent and throttle_reason is not None else None
 
     def cancel(self) -> bool:
-        """Settle the future as cancelled; False if it was settled already.
+        """Settle the future as cancelled; return False if it was settled already.
 
-        Work that was not sent yet is not sent.  The place of a sample is free immediately, and the
+        Work that was not sent yet is never sent.  A sample frees its place immediately, and the
         server is asked to cancel it if it supports that; other accepted work runs to its end, and
-        its result is discarded.  Waiters get CancelledError, callbacks are called.  Cancelling a
-        batch in several requests cancels these, but not those that add to a gradient once one of
-        them was sent.  In the child of a fork it does nothing, and returns False.
+        its result is discarded.  Waiters get CancelledError, and callbacks are called.  Cancelling
+        a batch of several requests cancels all of them; but if they add to a gradient and one was
+        sent, the rest are sent too.  In the child of a fork, it does nothing and returns False.
         """
         if self._pid != os.getpid():
-            return False  # what waits for it, and its connection, are the parent's
-        # super().cancel() is True for every caller of a cancelled future, and wait() and
-        # as_completed() notice a cancel only once it is notified, which must happen just once.
+            return False  # its waiters and its connection belong to the parent
+        # super().cancel() returns True even if the future was cancelled before.  wait() and
+        # as_completed() notice a cancel only when notified, which must happen exactly once.
         if not super().cancel():
             return False
         with self._lock:
             first, self._cancel_was_seen = not self._cancel_was_seen, True
         if not first:
             return False
-        # Never at submission: a future that is RUNNING cannot be cancelled any more.
+        # Called only here, never at submission: a RUNNING future can no longer be cancelled.
         self.set_running_or_notify_cancel()
         if self._cancels_children:
             for child in self._children:
@@ -309,18 +312,18 @@ class APIFuture(Future[T], Generic[T]):
         return True
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
-        settled already, immediately in this thread.  Its exceptions are logged.
+        """Call ``fn(self)`` on the client's callback thread when the future is settled; if it is
+        settled already, call *fn* immediately in this thread.  Its exceptions are logged.
         """
-        # Not on the settling thread, a poller: a callback that blocks on another future would hold
-        # up the very thread that may have to settle it.
+        # Not on the settling thread, usually the poller's: a callback that blocks on another future
+        # would hold up the very thread that may have to settle that future.
         self._has_callback = True
         if not self._add_callback(functools.partial(_deliver, fn, self._run_callback)):
             self._note_read()
             _call(fn, self)
 
     def on_settled(self, fn: Callable[[Any], object]) -> None:
-        """Like `add_done_callback`, in the settling thread; for our own quick bookkeeping."""
+        """Like `add_done_callback`, but in the settling thread; for quick internal bookkeeping."""
         if not self._add_callback(fn):
             _call(fn, self)
 
@@ -332,8 +335,8 @@ class APIFuture(Future[T], Generic[T]):
             return True
 
     def try_set_result(self, value: T) -> bool:
-        """Set the result; False if the future was settled already."""
-        # Checking first would be a race; and a result that arrives after a cancel is no error.
+        """Set the result; return False if the future was settled already."""
+        # Checking first would be a race, and a result that arrives after a cancel is not an error.
         try:
             self.set_result(value)
         except InvalidStateError:
@@ -341,33 +344,33 @@ class APIFuture(Future[T], Generic[T]):
         return True
 
     def try_set_exception(self, error: BaseException) -> bool:
-        """Set the error; False if the future was settled already."""
+        """Set the error; return False if the future was settled already."""
         try:
             self.set_exception(error)
         except InvalidStateError:
             return False
-        self._failure = error  # the finalizer cannot call exception(), which locks
+        self._failure = error  # the finalizer cannot call exception(), which takes a lock
         return True
 
     def begin(self) -> bool:
-        """Note that its work is about to be done; False if it was settled or cancelled before.
+        """Mark the work as begun; return False if the future was settled or cancelled first.
 
-        From here on `cancel_if_queued` does nothing.
+        Once the work has begun, `cancel_if_queued` does nothing.
         """
         with self._lock:
             self._begun = not (self._withdrawn or self.done())
             return self._begun
 
     def cancel_if_queued(self) -> bool:
-        """Cancel it, unless `begin` has succeeded; return whether it was cancelled."""
+        """Cancel the future unless its work has begun; return whether it was cancelled."""
         with self._lock:
             if self._begun or self.was_sent:
                 return False
-            self._withdrawn = True  # decided under the lock; callbacks are called outside of it
+            self._withdrawn = True  # decide under the lock, but call callbacks outside of it
         return self.cancel()
 
     def enter(self, state: str, request_id: Optional[str] = None) -> None:
-        """Note that the operation has reached *state*."""
+        """Note that the operation has entered *state*."""
         self._state_name = state
         self._state_since = time.monotonic()
         if request_id is not None:
@@ -376,20 +379,20 @@ class APIFuture(Future[T], Generic[T]):
     def on_read(self, fn: Callable[[], None]) -> None:
         """Have *fn* called once: by the first reader of the outcome, or by the finalizer.
 
-        It must be safe in finalizers: no lock, no logging.  A later *fn* replaces it.
+        *fn* must be safe in a finalizer: no lock, no logging.  A later *fn* replaces it.
         """
         self._on_read = fn
 
     def stand_for(self, children: Sequence[APIFuture[Any]], *, cancel: bool = True) -> None:
-        """Report the state of *children*; with *cancel*, cancelling this one cancels them."""
+        """Report the state of *children* as ours; with *cancel*, a cancel cancels them too."""
         self._children, self._cancels_children = children, cancel
-        if cancel and self.cancelled():  # before this call: `cancel` saw no children
+        if cancel and self.cancelled():  # before this call, so `cancel` saw no children
             for child in children:
                 child.cancel()
 
     def uncount(self) -> None:
-        """Free its place among ``max_unread``: for callers that keep few futures, and read them."""
-        # A place must be freed once, whichever of several readers comes first.
+        """Free its place among ``max_unread``; for callers that keep few futures and read them."""
+        # Free the place exactly once, whichever of several readers comes first.
         with self._lock:
             on_read, self._on_read = self._on_read, None
         if on_read is not None:
@@ -401,7 +404,8 @@ class APIFuture(Future[T], Generic[T]):
             self.uncount()
 
     def __del__(self) -> None:
-        # Anywhere, at any time, even inside a lock of ours or of logging: nothing here may lock.
+        # A finalizer may run in any thread at any time, even one that holds a lock of ours or of
+        # logging: nothing here may take a lock.
         if self._retrieved:
             return
         if self._on_read is not None:
@@ -413,10 +417,10 @@ class APIFuture(Future[T], Generic[T]):
             defer(_log_unretrieved, self.kind, self._request_id, error)
 
     def _await(self, timeout: Optional[float]) -> None:
-        """Wait until settled; long waits are explained in the log."""
+        """Wait until the future is settled; explain a long wait in the log."""
         wait = self._long_wait(timeout)
         while not self.done():
-            # In slices: for the notices, and since on Windows Ctrl-C does not end such a wait.
+            # In slices, to log notices, and because Ctrl-C cannot interrupt the wait on Windows.
             try:
                 super().exception(wait.slice_s())
             except FutureTimeoutError:
@@ -426,9 +430,9 @@ class APIFuture(Future[T], Generic[T]):
                 self._explain(wait)
 
     def _long_wait(self, timeout: Optional[float]) -> LongWait:
-        """Begin a wait; ClientClosedError in the child of a fork, where nothing settles it."""
+        """Begin a wait; raise ClientClosedError in the child of a fork, where it would not end."""
         timeout = as_seconds("timeout", timeout)
-        # The future's own lock may be dead there: do not touch it.
+        # In the child, the future's own lock may be held forever: do not touch it.
         if self._pid != os.getpid() and self._outcome is None:
             raise ClientClosedError(
                 f"{self.kind} was started before a fork; this process cannot wait for it",
@@ -437,7 +441,7 @@ class APIFuture(Future[T], Generic[T]):
         return LongWait(self._notice_after_s, timeout)
 
     def _explain(self, wait: LongWait) -> None:
-        """Log what is waited for, if *wait* has taken so long that a notice is due."""
+        """Log what the operation is doing, if *wait* has lasted long enough for a notice."""
         if wait.notice_is_due():
             trouble = self.last_error is not None and wait.elapsed_s >= _TROUBLE_S
             level = logging.WARNING if trouble else logging.INFO
@@ -445,30 +449,30 @@ class APIFuture(Future[T], Generic[T]):
 
 
 def _deliver(fn: Callable[[Any], object], run: Optional[RunLater], future: APIFuture[Any]) -> None:
-    """In the thread that settles *future*: have *run* call a callback of the user."""
+    """Have *run* call a user callback.  Called in the thread that settles *future*."""
     if run is not None:
         try:
             run(functools.partial(_call_user, fn, future))
             return
-        except ClientClosedError:  # no callback thread any more, e.g. at interpreter exit
+        except ClientClosedError:  # there is no callback thread, e.g. at interpreter exit
             pass
     _call_user(fn, future)
 
 
 def _call_user(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
-    """On the callback thread; counts as reading the outcome."""
+    """Call a user callback, normally on the callback thread.  Counts as reading the outcome."""
     try:
         future._note_read()
         fn(future)
-    except BaseException:  # SystemExit too would end the callback thread
+    except BaseException:  # even SystemExit must not end the callback thread
         logger.exception("a callback of %s failed", future.kind)
 
 
 def _run_callbacks(future: Any) -> None:
-    """In the thread that settles *future*: run its callbacks, and drop them."""
+    """Run and drop the callbacks of *future*.  Called in the thread that settles it."""
     future._outcome = "cancelled" if future.cancelled() else "finished"
-    # Under the lock, so that each callback is either run here or called by the thread that adds
-    # it.
+    # Under the lock, so that each callback is called exactly once: here, or by the thread that
+    # adds it.
     with future._lock:
         callbacks, future._callbacks = future._callbacks, None
     for fn in callbacks:
@@ -483,14 +487,14 @@ def _call(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
 
 
 def _log_unretrieved(kind: str, request_id: Optional[str], error: BaseException) -> None:
-    """Log the failure of a future that was collected unread."""
+    """Log the failure of a future that was garbage-collected unread."""
     known = request_id is None or request_id in str(error)
     request = "" if known else f" (request {request_id})"
     logger.error("unretrieved failure in %s%s: %s: %s", kind, request, type(error).__name__, error)
 
 
 def discard(futures: Sequence[APIFuture[Any]]) -> None:
-    """Cancel *futures*, whose results are not wanted any more; their failures count as read."""
+    """Cancel *futures*, whose results are no longer wanted, and mark failures as read."""
     for future in futures:
         if not future.cancel() and future.done() and not future.cancelled():
             future.exception()
@@ -499,10 +503,11 @@ def discard(futures: Sequence[APIFuture[Any]]) -> None:
 def gather(
     parent: APIFuture[U], children: Sequence[APIFuture[T]], join: Callable[[List[T]], U]
 ) -> APIFuture[U]:
-    """Settle *parent* with ``join(results)`` once all *children* are settled, in their order.
+    """Settle *parent* with ``join(results)`` once all *children* have succeeded.
 
-    The first failure settles the parent and cancels the other children; so does cancelling the
-    parent.  *join* runs in the thread that settles the last child.
+    The results are in the order of *children*.  The first failure settles the parent and cancels
+    the other children; cancelling the parent cancels all children.  *join* runs in the thread that
+    settles the last child.
     """
     parent.stand_for(children)
     for child in children:
@@ -516,7 +521,7 @@ def _child_settled(
     join: Callable[[List[T]], U],
     child: APIFuture[T],
 ) -> None:
-    """In the thread that settles *child*."""
+    """Note in *parent* that *child* is settled.  Called in the thread that settles *child*."""
     if child.cancelled():
         parent.cancel()
         return

@@ -1,6 +1,6 @@
-"""Counters and latencies of one client, and the snapshot that a user sees of them.
+"""Counters and latencies of one client, and the snapshot of them that users get.
 
-No thread of its own; memory is bounded.
+No threads; memory is bounded.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 import threading
 from typing import Any, Deque, Dict, List, Mapping, Tuple, Union
 
-#: The parts of an operation, in their order.
+#: The stages of an operation, in order.
 STAGES = ("encode", "submit", "queue", "fetch", "decode")
 _AFTER_SUBMIT = STAGES[2:]
 
 COUNTERS = ("requests", "rate_limited", "retries", "bytes_sent", "bytes_received")
 
-#: A counter's name and what to add; a stage and the seconds that it took; the bytes sent and
-#: received by a request; or the seconds of the last three stages.
+#: A counter's name and the amount to add; a stage and the seconds that it took; the bytes sent and
+#: received by a request; or the seconds that the last three stages took.
 _Entry = Union[Tuple[str, float], Tuple[int, int], Tuple[float, float, float]]
 
 _FOLD_AT = 1024
@@ -31,9 +31,9 @@ _BUCKETS = 30 * _PER_DOUBLING
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """How long one part of the operations has taken, in seconds.
+    """How long one stage of the operations has taken, in seconds.
 
-    ``p50`` and ``p95`` are right within a tenth; the others are exact.
+    ``p50`` and ``p95`` are accurate to within a tenth; the other values are exact.
     """
 
     count: int = 0
@@ -45,20 +45,20 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """A snapshot of what a client does and has done.
+    """A snapshot of what a client is doing and has done.
 
     Attributes:
-        in_flight: operations that are being submitted, or were, and are not settled.
+        in_flight: operations that are being or were submitted, and are not settled.
         queued: operations that wait to be sent.
-        requests: HTTP requests with a response, polls among them; not heartbeats.
+        requests: HTTP requests that got a response; includes polls, but not heartbeats.
         rate_limited: responses with status 429.
         retries: requests, other than polls, that were sent again after a failure.
-        bytes_sent, bytes_received: of bodies, as on the wire when sent and after decompression
-            when received.
+        bytes_sent, bytes_received: sizes of bodies: as sent on the wire, and as received after
+            decompression.
         tokens_trained, tokens_prefilled, tokens_sampled: see `ServiceClient.usage`.
-        latencies: by stage: ``encode`` a request, ``submit`` it (with its retries and what they
-            waited), ``queue``: from its acceptance to the response with its result, ``fetch``: the
-            body of that response, and ``decode`` it.
+        latencies: by stage: ``encode``: encode the request; ``submit``: send it, including retries
+            and their pauses; ``queue``: from its acceptance until the response with its result
+            begins; ``fetch``: read the body of that response; ``decode``: decode that body.
     """
 
     in_flight: int
@@ -74,7 +74,7 @@ class Metrics:
     latencies: Mapping[str, Latency]
 
     def __str__(self) -> str:
-        """A few lines to print, with times in milliseconds."""
+        """Return a few lines to print, with times in milliseconds."""
         lines = [
             f"{self.in_flight} in flight, {self.queued} queued; {self.requests} requests, "
             f"{self.rate_limited} responses of 429, {self.retries} retries",
@@ -90,13 +90,13 @@ class Metrics:
 
 
 class Recorder:
-    """Counts and times.  Thread-safe; never blocks the threads that record."""
+    """Records counts and durations.  Thread-safe; never blocks the threads that record."""
 
     def __init__(self) -> None:
-        # append and popleft are atomic, so that the threads that record need no lock; now and then
-        # one of them folds the entries into the sums below.
+        # append and popleft are atomic, so the threads that record need no lock; now and then one
+        # of them folds the entries into the sums below.
         self._entries: Deque[_Entry] = collections.deque()
-        # Guards the sums, and is held by the one thread that folds.
+        # Guards the sums; held by the one thread that folds.
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._histograms = {stage: _Histogram() for stage in STAGES}
@@ -112,15 +112,15 @@ class Recorder:
             self._fold_if_free()
 
     def took(self, stage: str, seconds: float) -> None:
-        """Note how long a stage of some operation took."""
+        """Note how long one stage of an operation took."""
         self._entries.append((stage, seconds))
 
     def result(self, queue_s: float, fetch_s: float, decode_s: float) -> None:
-        """Note the stages of an operation whose result is there."""
+        """Note the last three stages of an operation whose result has arrived."""
         self._entries.append((queue_s, fetch_s, decode_s))
 
     def snapshot(self) -> Tuple[Dict[str, int], Dict[str, Latency]]:
-        """The counters, and the latencies by stage."""
+        """Return the counters, and the latencies by stage."""
         with self._lock:
             self._fold_locked()
             counts = dict(self._counts)
@@ -128,14 +128,14 @@ class Recorder:
         return counts, latencies
 
     def _fold_if_free(self) -> None:
-        if self._lock.acquire(blocking=False):  # else another thread is folding, for all of them
+        if self._lock.acquire(blocking=False):  # otherwise, another thread is already folding
             try:
                 self._fold_locked()
             finally:
                 self._lock.release()
 
     def _fold_locked(self) -> None:
-        # Only those that are there now: other threads may keep appending for as long as this takes.
+        # Only the entries that exist now: other threads may keep appending during the loop.
         counts, histograms = self._counts, self._histograms
         for _ in range(len(self._entries)):
             entry: Any = self._entries.popleft()
@@ -175,7 +175,7 @@ class _Histogram:
         return Latency(self._count, mean, self._quantile(0.5), self._quantile(0.95), self._max)
 
     def _quantile(self, part: float) -> float:
-        """The middle of the bucket in which that part of the durations is reached."""
+        """Return the middle of the bucket that holds this quantile; *part* is in (0, 1)."""
         left = part * self._count
         for place, count in enumerate(self._buckets):
             left -= count

@@ -1,7 +1,7 @@
-"""The curves of runs in a notebook: `plot` draws what their loggers have written.
+"""Plots runs in a notebook: `plot` draws the metrics that their loggers have written.
 
-Needs matplotlib (``pip install "tinkex[plots]"``).  The same curves as in ``metrics.png`` and on
-the page of the embedded server.
+Needs matplotlib (``pip install "tinkex[plots]"``).  The curves are the same as in ``metrics.png``
+and on the embedded server's page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def plot(
     smoothing: float = 0.6,
     log_scale: bool = False,
 ) -> Figure:
-    """Draw the metrics of runs by step, each metric of several runs in one panel.
+    """Draw the metrics of runs by step; to compare several runs, each metric gets its own panel.
 
     ::
 
@@ -41,14 +41,15 @@ def plot(
         plot("runs/a", "runs/b", metrics=["loss"], log_scale=True)
 
     A notebook shows the figure that is the last value of a cell; ``savefig`` writes it to a file.
-    Runs may be in progress.  Reads the files again with each call; safe from any thread.
+    Runs may be in progress.  Each call reads the files again; safe from any thread.
 
     Args:
-        runs: run folders, or metrics: dicts with ``"step"``.
-        metrics: names, a panel for each; by default the losses, and the rewards if there are any.
-        smoothing: weight of what was before in the moving average that is drawn over the curve,
+        runs: run folders, or their metrics: lists of dicts with ``"step"``.
+        metrics: names of the metrics, each in its own panel; by default losses and rewards, or all
+            metrics if there are neither.
+        smoothing: weight of earlier values in the moving average that is drawn over each curve,
             from 0 (none) to below 1.
-        log_scale: logarithmic vertical axes.
+        log_scale: whether vertical axes are logarithmic.
 
     Raises:
         InvalidInputError: there is nothing to draw, or an argument is out of range.
@@ -70,7 +71,7 @@ def plot(
     unknown = [name for names in panels for name in names if name not in known]
     if not known:
         raise InvalidInputError(
-            "the runs have no metrics yet", hint="They are there once a step has been logged."
+            "the runs have no metrics yet", hint="They appear once a step has been logged."
         )
     if unknown:
         raise InvalidInputError(
@@ -79,13 +80,13 @@ def plot(
     if len(rows_of) > 1:  # curves of several runs are compared one metric at a time
         panels = [[name] for names in panels for name in names]
     figure = draw(figures, rows_of, panels, smoothing=smoothing, log_scale=log_scale)
-    # A notebook calls this; matplotlib's own is there only once pyplot was imported.
+    # Notebooks call this method; matplotlib defines its own only once pyplot is imported.
     figure._repr_png_ = lambda: png_of(figure)
     return figure
 
 
 def _labelled(runs: Sequence[Source]) -> Dict[str, Rows]:
-    """Return the rows of each run by its label: the name of its folder, or its place."""
+    """Return the rows of each run by label: the name of its folder, or its number."""
     found: Dict[str, Rows] = {}
     for place, run in enumerate(runs, 1):
         if isinstance(run, (str, os.PathLike)):

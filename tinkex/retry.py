@@ -1,8 +1,8 @@
-"""When a failed request is retried, and after what delay.  Pure arithmetic: no I/O, no clock.
+"""Whether a failed request is retried, and after what delay.  Pure arithmetic: no I/O, no clock.
 
-`RetryPolicy` is what is allowed, `RetryState` what the failures of one request add up to, and
-`RetryDecision` what follows from the latest: wait and send again, or raise.  `RetryConfig` is what
-users set for one sampling client, in the official SDK's terms.
+`RetryPolicy` defines which retries are allowed, `RetryState` keeps track of the failures of one
+request, and `RetryDecision` is the outcome of the latest failure: wait and send again, or raise.
+`RetryConfig` holds what users may set for one sampling client, in the official SDK's terms.
 """
 
 from __future__ import annotations
@@ -26,41 +26,42 @@ from tinkex.errors import (
     a_type,
 )
 
-#: Statuses of a request that the server has read, and refused for what it holds: so it would have
-#: refused an earlier attempt.
+#: Statuses that mean the server has read the request and refused its contents: it would have
+#: refused an earlier attempt, too.
 _READ_AND_REFUSED = (400, 404, 410, 422)
 
-#: A request whose response was damaged is retried after this pause; it fails with this many.
+#: A request whose response was damaged is retried after a pause (in seconds), and fails after this
+#: many damaged responses.
 MAX_DAMAGED = 3
 DAMAGED_PAUSE_S = 0.1
 
-#: A pause that the server requests is kept up to this long, in seconds.
+#: The longest pause, in seconds, that we make at the server's request.
 MAX_HINT_S = 60.0
 
-#: A sample whose result was lost is submitted again this often at most.
+#: A sample whose result was lost is submitted again at most this many times.
 MAX_RESUBMISSIONS = 5
 
-#: The fields of a RetryConfig that are times.
+#: The fields of RetryConfig that are times.
 _SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential back-off with jitter, bounded in total time.
+    """Exponential back-off with jitter, limited in total time.
 
     Attributes:
         base_s: the first delay is drawn from 0.5 .. 1 times this.
-        cap_s: no delay is longer (a server's own hint may be, up to 60 s).
-        max_elapsed_s: no new attempt begins later than this after the first one.
-        max_server_errors: a plain 500 is final after this many attempts: it rarely goes away,
-            unlike 502, 503 and 504.
+        cap_s: the longest delay (a pause requested by the server may be longer, up to 60 s).
+        max_elapsed_s: no new attempt begins later than this after the first attempt began.
+        max_server_errors: a plain 500 is final after this many attempts: unlike 502, 503 and 504,
+            it rarely goes away.
         max_gateway_answers: a response that looks like a gateway's counts as the server's own after
-            this many attempts, e.g. for a missing route of an unusual web framework; None: never,
-            where a wrong guess would lose a request's seq_id.
-        for_result: the request is a poll for the result of accepted work, which is lost if it
-            fails.  It does only once failures have lasted for *max_elapsed_s* without a 429 between
-            them; every failure to connect may pass; and only 500s that repeat word for word count
-            for *max_server_errors*.
+            this many attempts: it may be an unusual web framework's response for a missing route.
+            None means never: for requests whose seq_id a wrong guess would lose.
+        for_result: the request is a poll for the result of accepted work, which would be lost if
+            the poll failed.  So it fails only after *max_elapsed_s* of failures without a 429
+            between them, every failure to connect is retried, and only 500s that repeat word for
+            word count for *max_server_errors*.
     """
 
     base_s: float = 0.5
@@ -73,19 +74,19 @@ class RetryPolicy:
     def delay_s(
         self, attempt: int, elapsed_s: float, hint_s: Optional[float], rand: float
     ) -> Optional[float]:
-        """Seconds to wait before the next attempt, or None to stop retrying.
+        """Return the seconds to wait before the next attempt, or None to stop retrying.
 
-        *attempt* counts the attempts made (from 1), *elapsed_s* is the time since the first began,
-        *hint_s* the pause that the server requests, *rand* is uniform in [0, 1).
+        *attempt* is the number of attempts made (1 or more), *elapsed_s* the time since the first
+        began, *hint_s* the pause that the server requests, *rand* uniform in [0, 1).
         """
-        if hint_s:  # a pause of 0 is not granted: it would be a busy loop
+        if hint_s:  # a pause of 0 is ignored: it would be a busy loop
             delay = min(hint_s, MAX_HINT_S)
         else:
-            # The exponent is bounded because a float overflows at 2**1024; half of the delay is
-            # random so that clients that failed together do not return together.
+            # The exponent is limited because a float overflows at 2**1024.  Half of the delay is
+            # random, so that clients that failed together do not come back together.
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
             delay = ceiling * (0.5 + rand / 2)
-        # A poll may still begin at the end of the time: giving up would lose finished work.
+        # A poll may still begin when the time is up: giving up would lose finished work.
         ends_at = elapsed_s if self.for_result else elapsed_s + delay
         return delay if ends_at <= self.max_elapsed_s else None
 
@@ -96,8 +97,8 @@ class RetryPolicy:
     def retries_status(self, status: int, attempt: int, headers: Mapping[str, str]) -> bool:
         """True if a response with *status* is worth another attempt.
 
-        408, 429 and 5xx are; 409 is not (the conflict will not go away), nor 501 (no such thing).
-        The server's ``x-should-retry`` header decides before all that.
+        408, 429 and 5xx are; 409 is not (the conflict will not go away), nor is 501 (not
+        implemented).  The server's ``x-should-retry`` header takes precedence.
         """
         wish = headers.get("x-should-retry", "").lower()
         if wish in ("true", "false"):
@@ -111,7 +112,7 @@ class RetryDecision(NamedTuple):
     """What to do after a failed attempt.
 
     Attributes:
-        delay_s: send again after this many seconds; None: raise *error*.
+        delay_s: send again after this many seconds; None means raise *error*.
         error: the failure.
     """
 
@@ -120,20 +121,20 @@ class RetryDecision(NamedTuple):
 
 
 class RetryState:
-    """What the failures of one request, or of the polls for one result, add up to.
+    """The history of failures of one request, or of the polls for one result.
 
     For one thread.
 
     Args:
-        policy: what is allowed.
-        began: when the first attempt begins (monotonic), from which ``max_elapsed_s`` counts; None
-            counts from the first failure after `succeeded`.
+        policy: which retries are allowed.
+        began: when the first attempt began (monotonic), from which ``max_elapsed_s`` counts; None
+            counts from the first failure, and again from the first one after `succeeded`.
         pause_for_billing: called after a 402; returns the seconds to wait, or None to fail.
-            Without it, a 402 is an error like any other.
+            Without it, a 402 is treated like any other error.
 
     Attributes:
-        attempts: failures in a row.
-        repeats: how often in a row the latest error has come, word for word.
+        attempts: how many failures in a row.
+        repeats: how many times in a row the latest error occurred, word for word.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class RetryState:
         self._failing_since = began
 
     def succeeded(self) -> None:
-        """Note that the server responded as it should: what fails next is a new outage."""
+        """Note that the server responded properly: the next failure begins a new outage."""
         self.attempts = self.repeats = self._damaged = 0
         self._failing_since = None
 
@@ -165,17 +166,17 @@ class RetryState:
         *,
         began: Optional[float] = None,
     ) -> RetryDecision:
-        """Decide after a failed attempt, which *began* then and ended *now*.
+        """Decide what to do after an attempt that *began* then and failed *now*.
 
         *headers* are those of the server's response; None if there was no response, or one that
-        looks like a gateway's.  *rand* is uniform in [0, 1).  A ResponseDecodeError is about a
-        response that was damaged on its way.
+        looks like a gateway's.  *rand* is uniform in [0, 1).  A ResponseDecodeError means that the
+        response was damaged in transit.
         """
         self.attempts += 1
         self.repeats = self.repeats + 1 if error.message == self._last_message else 1
         self._last_message = error.message
-        # A gateway's response is an APIConnectionError, since the server has not responded; behind
-        # it is the error that it would be as the server's own.
+        # A gateway's response is an APIConnectionError, since the server has not responded.  Behind
+        # it is the error to raise if the response is the server's own after all.
         own = server_error_behind(error) if headers is None else None
         if isinstance(error, ResponseDecodeError):
             self._damaged += 1
@@ -184,8 +185,9 @@ class RetryState:
             delay_s = self._pause_for_billing()
         elif self._is_worth_retrying(error, own, headers):
             hint_s = getattr(own or error, "retry_after_s", None)
-            # A poll may be held for longer than an outage may last.  If there is a response in the
-            # end, nothing was wrong before it; if not, it may have been wrong from the beginning.
+            # The server may hold a poll for longer than an outage may last.  If a response comes in
+            # the end, nothing was wrong before it; if none comes, the outage may have begun with
+            # the poll.
             failed_at = now if began is None or headers is not None else began
             elapsed_s = self._elapsed_s(error, failed_at, now)
             delay_s = self.policy.delay_s(self.attempts, elapsed_s, hint_s, rand)
@@ -207,7 +209,7 @@ class RetryState:
         return error.retryable or policy.for_result
 
     def _elapsed_s(self, error: APIError, failed_at: float, now: float) -> float:
-        """How long it has failed."""
+        """Return how long the failures have lasted, in seconds."""
         if error.status == 429 and self.policy.for_result:
             self._failing_since = None  # rate-limited, but reachable: no outage
             return -math.inf
@@ -220,18 +222,19 @@ class RetryState:
 class RetryConfig:
     """Retries and limits of one sampling client.  Immutable; times are seconds.
 
-    Failures that may pass (no connection, 408, 429, 5xx) are retried in any case, under the same
-    seq_id, so that no work is repeated.  What is configured here is the rest.
+    Temporary failures (no connection, 408, 429, 5xx) are always retried, under the same seq_id, so
+    that no work is repeated.  These settings are about everything else.
 
     Args:
-        max_connections: this client's samples in flight at the same time; more wait, in order.
-            None leaves only the session's ``max_concurrent_samples``, which holds as well.
+        max_connections: the most samples of this client in flight at the same time; more wait, in
+            order.  The session's ``max_concurrent_samples`` also applies, and None leaves only that
+            limit.
         progress_timeout: a sample fails after this long without contact with the server.
-        retry_delay_base, retry_delay_max, jitter_factor: the pause before a sample whose result
-            the server has lost (410) is submitted again, as a new request: it doubles each time,
-            and is varied by this part of it.
-        enable_retry_logic: False fails such a sample with ResultExpiredError immediately.
-        enable_stuck_detection: False switches `progress_timeout` off.
+        retry_delay_base, retry_delay_max, jitter_factor: the pause before a sample whose result the
+            server has lost (410) is submitted again, as a new request.  It begins with the base,
+            doubles each time up to the maximum, and varies randomly by this fraction.
+        enable_retry_logic: if False, such a sample fails immediately with ResultExpiredError.
+        enable_stuck_detection: if False, `progress_timeout` has no effect.
         retryable_exceptions: has no effect here.
 
     Raises:
@@ -269,13 +272,13 @@ class RetryConfig:
 
     @property
     def no_progress_timeout_s(self) -> Optional[float]:
-        """A sample fails after this long without contact with the server; None leaves that off."""
+        """A sample fails after this long without contact with the server; None means never."""
         return self.progress_timeout if self.enable_stuck_detection else None
 
     def delay_s(self, times: int, rand: float) -> Optional[float]:
-        """Seconds before a lost sample is submitted again, or None to fail it.
+        """Return the seconds before a lost sample is submitted again, or None to fail it.
 
-        *times* is how often that was done before, *rand* is uniform in [0, 1).
+        *times* is how often the sample was submitted again before; *rand* is uniform in [0, 1).
         """
         if not self.enable_retry_logic or times >= MAX_RESUBMISSIONS:
             return None
@@ -291,9 +294,9 @@ def check_retry_config(retry_config: object) -> None:
 
 
 def server_error_behind(error: Exception) -> Optional[APIError]:
-    """The server's own error, if a response that looked like a gateway's is the server's after all.
+    """Return the server's own error, if a response that looked like a gateway's was the server's.
 
-    None if *error* is not about such a response.
+    Returns None if *error* is not about such a response, or if the server's own error is temporary.
     """
     cause = error.__cause__
     if isinstance(error, APIConnectionError) and isinstance(
@@ -304,21 +307,21 @@ def server_error_behind(error: Exception) -> Optional[APIError]:
 
 
 def leaves_outcome_open(status: int) -> bool:
-    """True if a server that responded with *status* may have done the work nevertheless.
+    """True if the work may have been done although the response has this *status*.
 
-    Any 5xx does, except 501 (no such thing): a gateway responds so when it loses the server's
-    response, and a server when it fails after it accepted the work.
+    This holds for any 5xx except 501 (not implemented): a gateway sends one if it loses the
+    server's response, and a server if it fails after accepting the work.
     """
     return status >= 500 and status != 501
 
 
 def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> bool:
-    """True if the server has done nothing, for certain, for a request that failed with *error*.
+    """True if the server certainly did no work for a request that failed with *error*.
 
-    *was_accepted*: the server has given it a request id; any error but that of the work itself is
-    then one of asking for the result, and the work may have been done.
+    *was_accepted*: the server has returned a request id.  Unless *error* is the failure of the work
+    itself, it is then about fetching the result, and the work may have been done.
     """
-    # The order matters: what the server has accepted, it may have done, whatever came afterwards.
+    # The order matters: work that the server has accepted may be done, whatever came afterwards.
     if isinstance(error, CancelledError):
         return not was_sent
     if was_accepted:
@@ -330,7 +333,8 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
     if isinstance(error, APIStatusError) and error.status is not None:
         if error.status in _READ_AND_REFUSED:
             return True
-        # After an attempt without a response, a refusal may be about the request that was accepted.
+        # After an attempt without a response, the server may refuse the next only because it has
+        # accepted the first.
         return error.status != 408 and not error.maybe_taken
     return not was_sent
 
@@ -338,8 +342,8 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
     """Read the pause that the server requests from ``retry-after-ms`` or ``retry-after``.
 
-    The latter may be seconds (also fractions) or an HTTP date, compared with *wall* (seconds
-    since the epoch).  None if there is neither, or it makes no sense.
+    ``retry-after`` may hold seconds (also fractions) or an HTTP date, which is compared with *wall*
+    (seconds since the epoch).  Returns None if there is neither header, or it is malformed.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
@@ -355,7 +359,7 @@ def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
 
 
 def _number(text: Optional[str]) -> Optional[float]:
-    """A finite number, 0 or more; None if *text* is anything else."""
+    """Return *text* as a finite number, 0 or more; None if it is anything else."""
     try:
         value = float(text or "")
     except ValueError:

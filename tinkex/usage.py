@@ -1,8 +1,8 @@
-"""The local token meter: what a client has used, what that costs, and a budget that is kept.
+"""The local token meter: what a client has used, what that costs, and the budget it must keep to.
 
-A request reserves, before it is sent, the most that it can cost; its result, or its failure,
-replaces that by the true figure.  So concurrent requests cannot exceed the budget together.  What
-this process requested is counted; the bill follows the server's own figures.  No threads.
+Before a request is sent, it reserves the most that it can cost; its result, or its failure,
+replaces that by the true figure.  So concurrent requests cannot exceed the budget together.  Only
+requests of this process are counted; the bill follows the server's own figures.  No threads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tinkex._runtime.numeric import is_finite, to_float
 from tinkex.errors import BudgetExceededError, ConfigError, InvalidInputError, a_type
 from tinkex.retry import left_undone
 
-#: In a table of prices: the key for every model that is not listed.
+#: The key in a table of prices that stands for every model that is not listed.
 ANY_MODEL = "*"
 
 
 class Tokens(NamedTuple):
-    """Counts of tokens, by what is done with them."""
+    """Token counts, by what is done with the tokens."""
 
     trained: int = 0
     prefilled: int = 0
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """What a model costs, in USD per million tokens: trained, prefilled and sampled ones.
+    """The prices of a model, in USD per million tokens trained, prefilled and sampled.
 
     Raises:
         ConfigError: a price is not a number, or is negative.
@@ -50,21 +50,21 @@ class Price:
             object.__setattr__(self, name, amount)
 
     def of(self, tokens: Sequence[int]) -> float:
-        """The price of *tokens*, in USD."""
+        """Return the price of *tokens*, in USD."""
         per_million = (self.train, self.prefill, self.sample)
         return sum(price * count for price, count in zip(per_million, tokens)) / 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The most that one ServiceClient may use: of money, of tokens, or of both.
+    """The most that one ServiceClient may use, in money, in tokens, or in both.
 
     Args:
-        usd: at the ``prices`` of the client; every model that is used must then have one.
-        tokens: of all kinds together.
+        usd: the limit in USD, at the client's ``prices``; every model used must then have a price.
+        tokens: the limit on tokens, of all kinds together.
 
     Raises:
-        ConfigError: neither is given, or one is not positive.
+        ConfigError: neither limit is given, or one is not positive.
     """
 
     usd: Optional[float] = None
@@ -98,8 +98,8 @@ class UsageRow:
         client: ``"run <id>"`` or ``"sampler <id>"``.
         tag: the client's ``usage_tag`` at the time, or None.
         model: the base model, or None if it is not known here.
-        tokens: by kind.
-        usd: at the client's prices; None if the model has none.
+        tokens: token counts, by kind.
+        usd: the cost at the client's prices; None if the model has no price.
     """
 
     client: str
@@ -114,8 +114,8 @@ class Usage:
     """A snapshot of what was used, as far as this process knows.
 
     Attributes:
-        rows: by client, tag and model, in the order in which they were first used.
-        reserved: the most that work under way may use beyond that, over all clients.
+        rows: one for each client, tag and model, in the order of first use.
+        reserved: the most that unfinished work may still use, over all clients.
     """
 
     rows: Tuple[UsageRow, ...] = ()
@@ -133,7 +133,7 @@ class Usage:
         return sum(costs) if len(costs) == len(self.rows) else None
 
     def of_tag(self, tag: Optional[str]) -> Usage:
-        """The rows of one tag only; ``reserved`` still counts all tags."""
+        """Return the rows of one tag only; ``reserved`` still counts all tags."""
         return Usage(tuple(row for row in self.rows if row.tag == tag), self.reserved)
 
 
@@ -145,8 +145,8 @@ class Ledger:
     ) -> None:
         self.budget = budget
         self._prices = dict(prices or {})
-        # Guards the rest.  Sums are kept by model, besides the rows, because every request compares
-        # them with the budget, and a client may have any number of tags.
+        # Guards the attributes below.  Besides the rows, sums are kept by model, because every
+        # request compares them with the budget, and a client may have any number of tags.
         self._lock = threading.Lock()
         self._rows: Dict[Account, List[int]] = {}
         self._used: Dict[Optional[str], List[int]] = {}  # by model
@@ -159,16 +159,16 @@ class Ledger:
         return self.budget is not None and self.budget.usd is not None
 
     def reserve(self, what: str, account: Account, most: Tokens) -> Reservation:
-        """Set *most* aside for a request, which messages call *what*, that is about to be sent.
+        """Reserve *most* for a request that is about to be sent; messages call it *what*.
 
         Raises:
-            BudgetExceededError: with it, the budget might be exceeded.
+            BudgetExceededError: the request might exceed the budget.
             InvalidInputError: the budget is in USD, and the model has no price.
         """
         try:
             return self._reserve(what, account, most)
         except BudgetExceededError:
-            # A caller that has just read a result expects what it did not use to be free again.
+            # A caller that has just read a result expects its unused tokens to be free again.
             self._settle_done()
             return self._reserve(what, account, most)
 
@@ -176,12 +176,12 @@ class Ledger:
         reservation = Reservation(self, account, most)
         try:
             with self._lock:
-                # In one step with the reservation, or two requests could both take what is left.
+                # Atomic with the reservation; otherwise two requests could both take what is left.
                 if self.budget is not None:
                     self._check(what, account.model, most, self.budget)
                 _add(self._reserved, account.model, most, 1)
                 self._open[reservation] = None
-        except BaseException:  # Ctrl-C: the caller never gets it, so nothing would release it
+        except BaseException:  # Ctrl-C: the caller never gets it, so nothing else would release it
             reservation.release()
             raise
         return reservation
@@ -196,29 +196,30 @@ class Ledger:
             price = self._price(model)
             if price is None:
                 raise InvalidInputError(
-                    f"{what}: the budget is in USD, and there is no price of model {model!r}",
-                    hint=f"Add it to prices=, or a price for {ANY_MODEL!r}, any model.",
+                    f"{what}: the budget is in USD, but there is no price for model {model!r}",
+                    hint=f"Add one to prices=, or a price for any model, under {ANY_MODEL!r}.",
                 )
-            # These skip models without a price, of which this check has admitted none.
+            # `_cost` skips models without a price, but the check above has never admitted any.
             cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
             adds = price.of(most)
             if cost + reserved_usd + adds > budget.usd:
                 raise _exceeded(what, "USD", cost, reserved_usd, adds, budget.usd)
 
     def bind(self, reservation: Reservation, future: Any) -> None:
-        """Note the future of what was reserved for."""
+        """Note the future of the request that *reservation* is for."""
         with self._lock:
             if reservation in self._open:
                 self._open[reservation] = future
 
     def settle(self, reservation: Reservation, used: Tokens) -> None:
-        """Put *used* in place of what was reserved; only the first time."""
+        """Replace the reserved tokens by *used*; only the first call has an effect."""
         account = reservation.account
         with self._lock:
-            # The default is not None, which stands for a reservation without a future so far.
+            # The default cannot be None, which stands for a reservation that has no future yet.
             if self._open.pop(reservation, self) is self:  # settled before
                 return
-            # With what was used, in one step: in between, others would find room that there is not.
+            # Atomic with adding *used*: in between, other requests would find room that is not
+            # there.
             _add(self._reserved, account.model, reservation.most, -1)
             if any(used):
                 _add(self._used, account.model, used, 1)
@@ -226,16 +227,16 @@ class Ledger:
 
     def _settle_done(self) -> None:
         """Settle the reservations of futures that are done."""
-        # A future wakes its readers before it runs its callbacks, and so before `settled`.
+        # A future wakes its readers before it runs its callbacks, which include `settled`.
         with self._lock:
             bound = [(held, future) for held, future in self._open.items() if future is not None]
-        # Without the lock, which `settled` takes.
+        # Outside the lock, which `settled` takes.
         for held, future in bound:
             if future.done():
                 held.settled(future)
 
     def snapshot(self) -> Usage:
-        """What was used until now."""
+        """Return what was used until now."""
         self._settle_done()
         with self._lock:
             rows = [(account, Tokens(*counts)) for account, counts in self._rows.items()]
@@ -255,12 +256,13 @@ class Ledger:
 
 
 class Reservation:
-    """What one request may use at most, until it is known what it did use.
+    """The most that one request may use, reserved until its true use is known.
 
     Attributes:
         account: what it is charged to.
-        most: what is reserved.
-        used: set before the request's future is settled, if the response reports it.
+        most: the reserved tokens.
+        used: the tokens used; set before the request's future is settled, if the response reports
+            them.
     """
 
     __slots__ = ("_ledger", "account", "most", "used")
@@ -272,25 +274,25 @@ class Reservation:
         self.used: Optional[Tokens] = None
 
     def bind(self, future: Any) -> None:
-        """Keep it until *future*, an APIFuture, is settled."""
+        """Hold the reservation until *future*, an APIFuture, is settled."""
         self._ledger.bind(self, future)
         future.on_settled(self.settled)
 
     def release(self) -> None:
-        """Nothing was used: the request was not sent."""
+        """Note that nothing was used, because the request was not sent."""
         self._ledger.settle(self, Tokens())
 
     def settled(self, future: Any) -> None:
-        """Call it when the request's *future* is settled; more than once does no harm."""
+        """Note that the request's *future* is settled.  Idempotent."""
         used = self.used
         if used is None:
-            # The most is exact for a pass that was done, and safe for a sample that was lost.
+            # `most` is exact for a pass that was done, and safe for a sample that was lost.
             used = Tokens() if _costs_nothing(future) else self.most
         self._ledger.settle(self, used)
 
 
 def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) -> None:
-    """Add *tokens*, or take them away, kind by kind."""
+    """Add *tokens*, or subtract them if *sign* is -1, kind by kind."""
     counts = where.get(key)
     if counts is None:
         counts = where[key] = [0, 0, 0]
@@ -300,8 +302,8 @@ def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) ->
 
 
 def _costs_nothing(future: Any) -> bool:
-    """True if the server has done nothing for *future*, an APIFuture, for certain."""
-    # Future's own method: that of APIFuture would count as reading the outcome.
+    """Return whether the server has certainly done nothing for *future*, an APIFuture."""
+    # The method of the base class: APIFuture's own would count as reading the outcome.
     error = CancelledError() if future.cancelled() else Future.exception(future, 0)
     if error is None:
         return False
@@ -318,7 +320,7 @@ def _exceeded(
     error = BudgetExceededError(
         f"{what} may use {shown(adds)}: with {shown(used)} used and {shown(reserved)} reserved "
         f"for work under way, the budget of {shown(limit)} might be exceeded",
-        hint="What is reserved and not used is free again when results arrive. A smaller "
+        hint="When results arrive, reserved but unused amounts become free again. A smaller "
         "max_tokens reserves less.",
     )
     error.unit, error.limit = unit, limit
@@ -327,7 +329,7 @@ def _exceeded(
 
 
 def check_prices(prices: object) -> Dict[str, Price]:
-    """Return a copy of a table of prices by model; ConfigError if it is something else."""
+    """Return a copy of a table of prices by model; raise ConfigError if it is something else."""
     if not isinstance(prices, Mapping):
         raise ConfigError(f"prices is {a_type(prices)}, not a mapping of Price by model")
     for model, price in prices.items():

@@ -1,12 +1,12 @@
-"""What tinkex costs, beside the official SDK and a bare loop of http.client.
+"""What tinkex costs, compared with the official SDK and a bare loop of http.client.
 
     python benchmarks/clients                # every row; about four minutes on two quiet cores
     python benchmarks/clients burst steps    # some of them
 
-Every client runs in a process of its own against the same canned server (server.py), one after
-the other, in turns; a row is the ratio of their medians.  The official SDK is installed as it is
-published, into an environment of its own (kept in the temporary folder), unless
-``--official-python`` names a Python that has it.
+Each client runs in its own process against the same canned server (server.py); they take turns, and
+a row is the ratio of their medians.  The official SDK is installed as published, into a virtual
+environment of its own (kept in the temporary folder), unless ``--official-python`` names a Python
+that has it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Facts = Dict[str, float]
 
 
 class Bench:
-    """Runs clients, and prints what they cost."""
+    """Runs the clients, and prints what they cost."""
 
     def __init__(self, official_python: str, repeat: int) -> None:
         self._python = {"tinkex": sys.executable, "http": sys.executable, "tinker": official_python}
@@ -47,7 +47,7 @@ class Bench:
         spread_s: float = 0.0,
         **flags: Any,
     ) -> Dict[str, Facts]:
-        """The medians of each client's facts over some runs, taken in turns."""
+        """Return the medians of each client's facts over several runs, taken in turns."""
         facts: Dict[str, List[Facts]] = {client: [] for client in clients}
         for _ in range(self._repeat):
             for client in clients:
@@ -79,7 +79,7 @@ class Bench:
 
 @contextlib.contextmanager
 def canned_server(hold_s: float, spread_s: float, flags: Dict[str, Any]) -> Iterator[str]:
-    """server.py in a process of its own; yields its URL."""
+    """Run server.py in a separate process; yield its URL."""
     command = [sys.executable, str(HERE / "server.py"), "--hold", str(hold_s)]
     command += ["--spread", str(spread_s), "--flags", json.dumps(flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -187,8 +187,8 @@ def imports(bench: Bench) -> None:
 
 
 def batch_poller(bench: Bench) -> None:
-    # All are in flight before the first is done; then 500 a second are, as real ones have
-    # different lengths.
+    # All samples are in flight before the first is done; then 500 a second finish, since real ones
+    # have different lengths.
     facts = bench.run(
         ["tinkex"], "latency", 10_000, hold_s=8.0, spread_s=20.0, sample_use_retrieve_futures=True
     )["tinkex"]
@@ -201,7 +201,7 @@ def outstanding(bench: Bench) -> None:
     facts = bench.run(["tinkex"], "latency", count, hold_s=hold_s)["tinkex"]
     print(f"  {facts['wall_s']:.1f} s in all; latency p95 {facts['p95_ms']:.0f} ms")
     bench.row("10 000 futures without it: client threads", facts["threads"], 404)
-    fair_s = hold_s * count / 400  # when the last one is done if 400 workers take them in order
+    fair_s = hold_s * count / 400  # when the last is done if 400 workers take them in order
     bench.row(
         "10 000 futures without it: longest wait, x of the fair share",
         facts["longest_s"] / fair_s,
@@ -215,7 +215,7 @@ ROWS: List[Callable[[Bench], None]] = [
 
 
 def official_python() -> str:
-    """A Python that has the official SDK; made at the first use."""
+    """Return a Python that has the official SDK; its environment is made on first use."""
     folder = Path(tempfile.gettempdir()) / f"tinkex-benchmark-{OFFICIAL.replace('==', '-')}"
     python = folder / "bin" / "python"
     if not python.exists():

@@ -1,9 +1,9 @@
-"""One client, one scenario, in a process of its own: prints what it cost as JSON.
+"""Runs one client in one scenario, in its own process; prints the cost as JSON.
 
     python client.py tinkex|tinker|http SCENARIO URL [COUNT]
 
-``tinkex`` and ``tinker`` run the same lines; ``http`` is the bare loop of http.client that does
-the same requests and decodes nothing.
+``tinkex`` and ``tinker`` run the same lines; ``http`` is a bare loop of http.client that makes the
+same requests and decodes no results.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from urllib.parse import urlsplit
 PROMPT = list(range(1000, 1100))
 BATCH = (64, 1024)
 
-#: How many batches `Sdk.million` runs: its CPU is their mean, its extra memory that of the first.
+#: How many batches `Sdk.million` runs; it reports their mean CPU and the first one's extra memory.
 MILLIONS = 5
 
 
 def memory_mib(field: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of this process."""
+    """Return ``VmRSS`` or ``VmHWM`` of this process."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
 
 def measured(work: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
-    """Run *work*; return what it returns and its CPU and wall seconds and memory in MiB."""
+    """Run *work*; return its result with its CPU and wall seconds and its memory in MiB."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
         refs.write("5")  # resets the peak
     before = memory_mib("VmRSS")
@@ -48,7 +48,7 @@ def measured(work: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def done(created: Any) -> Any:
-    """What a creator returns is a future in the official SDK and the client itself in tinkex."""
+    """Return the created client; wait for it if the SDK returned a future."""
     return created.result() if hasattr(created, "result") else created
 
 
@@ -81,7 +81,7 @@ class Sdk:
         ]
 
     def burst(self, count: int) -> Dict[str, Any]:
-        """*count* samples at once."""
+        """Request *count* samples at once."""
         sampler, types = self.sampler(), self.sdk.types
         prompt, params = types.ModelInput.from_ints(PROMPT), types.SamplingParams(max_tokens=2)
         sampler.sample(prompt, num_samples=1, sampling_params=params).result()
@@ -95,9 +95,9 @@ class Sdk:
         return measured(work)
 
     def latency(self, count: int) -> Dict[str, Any]:
-        """How long after the server has done a sample its future is settled, in ms.
+        """Measure how long after the server finishes a sample its future is resolved, in ms.
 
-        And how long after it was asked for, in seconds, the longest.
+        Also the longest time from a request to its result, in seconds.
         """
         sampler, types = self.sampler(), self.sdk.types
         prompt, params = types.ModelInput.from_ints(PROMPT), types.SamplingParams(max_tokens=2)
@@ -144,7 +144,7 @@ class Sdk:
         }
 
     def sequential(self, count: int) -> Dict[str, Any]:
-        """One sample after another."""
+        """Request one sample after another."""
         sampler, types = self.sampler(), self.sdk.types
         prompt, params = types.ModelInput.from_ints(PROMPT), types.SamplingParams(max_tokens=2)
 
@@ -157,7 +157,7 @@ class Sdk:
         return measured(work)
 
     def steps(self, count: int) -> Dict[str, Any]:
-        """Training steps of 64 x 1024 tokens, each submitted before the one before is done."""
+        """Run training steps of 64 x 1024 tokens, each submitted before the last one is done."""
         trainer, types = self.trainer(), self.sdk.types
         data, adam = self.data(*BATCH), types.AdamParams(learning_rate=1e-4)
         trainer.forward_backward(data, "cross_entropy").result()
@@ -176,7 +176,7 @@ class Sdk:
         return measured(work)
 
     def million(self, count: int) -> Dict[str, Any]:
-        """Batches of *count* x 1024 tokens, one after another, as in an epoch."""
+        """Run batches of *count* x 1024 tokens, one after another, as in an epoch."""
         trainer = self.trainer()
         trainer.forward_backward(self.data(*BATCH), "cross_entropy").result()
         data = self.data(count, 1024)
@@ -250,7 +250,7 @@ class Bare:
 
 
 def imports(name: str) -> Dict[str, Any]:
-    """What importing costs: at once, and until ServiceClient is there (both import lazily)."""
+    """Time importing the SDK, and then getting ServiceClient (both SDKs import lazily)."""
     began = time.perf_counter()
     sdk = importlib.import_module(name)
     middle = time.perf_counter()

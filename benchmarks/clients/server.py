@@ -1,11 +1,11 @@
-"""A Tinker server that costs next to nothing, to measure clients against.
+"""A Tinker server that costs next to nothing, for measuring clients.
 
-One thread, one selector, canned results: samples are done ``--hold`` seconds after they came (and
-up to ``--spread`` seconds later, evenly distributed, as real ones have different lengths),
-training at once.  Runs until its standard input ends.  Prints its URL.
+One thread, one selector, canned results: samples are done ``--hold`` seconds after they arrive (and
+up to ``--spread`` seconds later, evenly distributed, since real ones have different lengths),
+training requests at once.  Prints its URL, and runs until its standard input ends.
 
-A sample's two tokens are the time at which it was done, in microseconds of the system's monotonic
-clock, high and low half, so that a client can tell how late it has its result.
+A sample's two tokens are the high and low half of the time at which it was done, in microseconds of
+the system's monotonic clock, so that a client can tell how late it gets the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ API = "/api/v1/"
 
 
 class Client:
-    """One connection: what came and was not answered yet, and what is to be sent."""
+    """One connection: bytes received but not yet handled, and bytes still to be sent."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -223,7 +223,7 @@ class Server:
         self._events.append((name, 60))
         if self._pollers:
             waiting, self._pollers = self._pollers, []
-            # Whatever finishes within a millisecond is told together, as servers do.
+            # Completions within a millisecond are reported together, as real servers do.
             self._later(time.monotonic() + 0.001, lambda: self._tell_all(waiting))
 
     def _poll(self, client: Client, cursor: int, timeout: Optional[float]) -> None:

@@ -26,8 +26,8 @@ def test_a_missing_checkpoint_is_reported_with_the_command_that_lists_the_others
     command = ["export", gone, "--to", str(tmp_path / "out"), "--base-url", server.url]
     code, out, err = tinkex(*command)
     assert (code, out) == (1, "")
-    assert "second" in err
-    assert "It was deleted, or has expired; `tinkex checkpoint list`" in err
+    assert f"there is no checkpoint {gone}" in err
+    assert "`tinkex checkpoint list`" in err
     assert list(tmp_path.glob("*out*")) == []
 
 

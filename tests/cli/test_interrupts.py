@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import threading
-from typing import Iterator, Set
+from typing import Any, Callable, Dict, Iterator, List, Set
 
 import click
 import pytest
@@ -14,6 +16,8 @@ from support.scripted_server import Answer, Received, ScriptedServer
 
 from tinkex.cli.main import cli, run_command
 from tinkex.cli.signals import is_interrupt
+from tinkex.cli.train import _add_remedy
+from tinkex.errors import SessionLostError
 
 PATH = "tinker://run/weights/a"
 
@@ -160,3 +164,85 @@ def test_an_error_with_a_cycle_of_causes_is_no_interrupt():
 def test_ctrl_c_ends_a_command_during_its_imports():
     done = run(["-c", IMPORTING])
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+class Keyboard(io.StringIO):
+    """A terminal's input; where the text ends, Ctrl-C is pressed."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: Any = -1) -> str:
+        line = super().readline()
+        if not line:
+            raise KeyboardInterrupt
+        return line
+
+
+class Interrupted:
+    """Stands for a Generator; Ctrl-C is pressed after one piece of the first reply."""
+
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.asked: List[List[Dict[str, str]]] = []
+        self.closed = False
+
+    def chat_tokens(self, messages: List[Dict[str, str]], advice: str) -> List[int]:
+        self.asked.append(list(messages))
+        return [1]
+
+    def fitting(self, params: Any, prompt_tokens: int) -> Any:
+        return params
+
+    def pieces(self, tokens: List[int], params: Any) -> Iterator[str]:
+        try:
+            yield "one "
+            if len(self.asked) == 1:
+                raise KeyboardInterrupt
+            yield "two"
+        finally:
+            self.closed = True
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> Callable[[io.StringIO, Interrupted], int]:
+    def run_with(stdin: io.StringIO, generator: Interrupted) -> int:
+        monkeypatch.setattr("sys.stdin", stdin)
+        opened = contextlib.nullcontext(generator)
+        monkeypatch.setattr("tinkex.cli.chat.open_generator", lambda ctx: opened)
+        return run_command(["chat"])
+
+    return run_with
+
+
+def test_ctrl_c_stops_a_reply_and_at_the_prompt_it_ends_the_chat(chat, capsys):
+    generator = Interrupted()
+    assert chat(Keyboard("a\nb\n"), generator) == 130
+    read = capsys.readouterr()
+    assert "one two\n" in read.out
+    assert "Stopped." in read.err
+    first = [{"role": "user", "content": "a"}]
+    kept = {"role": "assistant", "content": "one "}
+    assert generator.asked == [first, [*first, kept, {"role": "user", "content": "b"}]]
+    assert generator.closed
+
+
+def test_ctrl_c_ends_a_chat_whose_messages_are_piped_in(chat):
+    generator = Interrupted()
+    assert chat(io.StringIO("a\nb\n"), generator) == 130
+    assert len(generator.asked) == 1
+
+
+def test_a_command_ends_without_a_last_collection_of_all_objects():
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "from tinkex.cli.main import main; main()"
+    )
+    assert run(["-c", code, "version"]).stdout.splitlines()[-1] == "True"
+
+
+def test_a_run_whose_session_was_lost_has_one_remedy():
+    error = SessionLostError("session s was lost", hint="Run the command again.")
+    _add_remedy(error)
+    assert error.hint == "The run continues when the command is run again."

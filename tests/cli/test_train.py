@@ -164,7 +164,7 @@ def test_a_finished_run_continues_with_more_epochs_if_the_user_accepts(
     trained(chats, out)
     refused = train(chats, out, "--epochs", "2")
     assert refused.returncode == 1
-    assert "epochs was 1.0 and is 2.0" in refused.stderr
+    assert "epochs was 1.0, now 2.0" in refused.stderr
     result = trained(chats, out, "--epochs", "2", "--accept-changes")
     assert result["steps"] == 12
     service, record = recipes.open_service(out)
@@ -380,13 +380,13 @@ def begun(chats: Path, out: Path) -> bytes:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--learning-rate", "0.1"], "--learning-rate was 0.003 and is 0.1"),
-        (["--batch-size", "4"], "--batch-size was 8 and is 4"),
-        (["--rank", "8"], "rank was 4 and is 8"),
-        (["--seed", "1"], "seed was 0 and is 1"),
-        (["--model", "smollm2-135m"], "base_model was 'tiny-random' and is 'smollm2-135m'"),
-        (["--base-url", "http://localhost:1"], "server was 'embedded' and is 'http://localhost:1'"),
-        (["--heldout", "0.5"], "heldout was '2 examples of the file' and is '24 examples"),
+        (["--learning-rate", "0.1"], "--learning-rate was 0.003, now 0.1"),
+        (["--batch-size", "4"], "--batch-size was 8, now 4"),
+        (["--rank", "8"], "rank was 4, now 8"),
+        (["--seed", "1"], "seed was 0, now 1"),
+        (["--model", "smollm2-135m"], "base_model was 'tiny-random', now 'smollm2-135m'"),
+        (["--base-url", "http://localhost:1"], "server was 'embedded', now 'http://localhost:1'"),
+        (["--heldout", "0.5"], "heldout was '2 examples of the file', now '24 examples"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

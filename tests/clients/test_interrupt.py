@@ -150,7 +150,7 @@ from tinkex import ServiceClient, types
 
 class Told(logging.Handler):
     def emit(self, record):
-        assert "it waits for itself, for ever" in record.getMessage()
+        assert "it waits forever" in record.getMessage()
         print("waiting", flush=True)
 
 logging.getLogger("tinkex._transport.limits").addHandler(Told())

@@ -267,7 +267,7 @@ def test_leaving_the_block_reports_the_steps_that_were_sent(
     with run.pipeline(Batches(), "cross_entropy", ADAM, depth=2) as pipeline:
         next(pipeline)
         server.wait_for(STEP, 2)
-    assert "the pipeline was closed: sent before" in caplog.text
+    assert "the pipeline was closed: already sent" in caplog.text
     assert "step 1" in caplog.text
     assert list(pipeline) == []
 
@@ -379,11 +379,11 @@ def test_a_checkpoint_that_would_contain_later_steps_is_refused(
 ) -> None:
     pipeline = run.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3)
     step = next(pipeline)
-    with pytest.raises(InvalidInputError, match="steps 1 to 2 were submitted before") as caught:
+    with pytest.raises(InvalidInputError, match="steps 1 to 2 were already submitted") as caught:
         step.save_state("a")
     assert "save_every=100" in str(caught.value)
     assert "save_after=100" in str(caught.value)
-    with pytest.raises(InvalidInputError, match="the checkpoint would not be that of step 0"):
+    with pytest.raises(InvalidInputError, match="the checkpoint would hold more than step 0"):
         step.save_weights_for_sampler("a")
     assert routes.submitted("save_weights") == []
     last = [*pipeline][-1]

@@ -25,8 +25,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
 
     class AutoTokenizer:
         @staticmethod
-        def from_pretrained(name: str) -> Dict[str, Any]:
+        def from_pretrained(name: str, trust_remote_code: object = None) -> Dict[str, Any]:
+            assert trust_remote_code is False  # without it, a question on the terminal
             names.append(name)
+            if name.startswith("coded"):
+                raise ValueError("Please pass the argument `trust_remote_code=True` to allow it.")
             if name.startswith("missing"):
                 raise OSError(f"{name} is not a local folder\nand a long explanation")
             if name.startswith("silent"):
@@ -83,6 +86,12 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_and_tried_again(loaded: List
             tokenizers.load_tokenizer("m", "missing/tok")
         assert "long explanation" not in str(caught.value)
     assert loaded == ["missing/tok"] * 2
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_with_the_remedy(loaded: List[str]) -> None:
+    with pytest.raises(TinkexError, match="'coded/tok' needs code from its own") as caught:
+        tokenizers.load_tokenizer("coded/tok")
+    assert "from_pretrained('coded/tok', trust_remote_code=True)" in str(caught.value)
 
 
 def test_the_engine_without_a_model_has_none_and_the_hub_is_not_asked(loaded: List[str]) -> None:

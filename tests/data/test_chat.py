@@ -199,7 +199,7 @@ def test_a_last_message_with_another_ending_is_learnt_alone() -> None:
 
 def test_a_reply_that_does_not_begin_like_the_generation_prompt_is_refused() -> None:
     tokenizer = byte_tokenizer(templates.DEEPSEEK_R1)
-    with pytest.raises(InvalidInputError, match="prompts for it with text that it lacks"):
+    with pytest.raises(InvalidInputError, match="generation prompt has text that it lacks"):
         chat_datum(chat("a", "<think>\nhm\n</think>b"), tokenizer)
 
 
@@ -220,7 +220,7 @@ def test_a_switch_may_be_set_in_the_template() -> None:
 def test_a_template_that_drops_part_of_a_message_is_refused() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     silent = byte_tokenizer(templates.CHATML)  # ignores tools
-    with pytest.raises(InvalidInputError, match=r"messages\[1\] .* leaves out what it holds"):
+    with pytest.raises(InvalidInputError, match=r"messages\[1\] .* leaves out its content"):
         chat_datum([*chat("a"), call], silent)
     for_images = byte_tokenizer(
         templates.CHATML.replace(
@@ -241,7 +241,7 @@ def test_a_refusal_by_the_template_is_reported_in_its_words() -> None:
     with pytest.raises(InvalidInputError, match="must alternate"):
         chat_datum([*chat("a", "b"), *chat("c", "d")[1:]], mistral)
     assert learnt(chat_datum(chat("a", "b"), mistral), mistral) == ["b</s>"]
-    with pytest.raises(InvalidInputError, match="prompts for it with text"):
+    with pytest.raises(InvalidInputError, match="generation prompt has text"):
         chat_datum(chat("a", "b", system="c"), mistral)
     with pytest.raises(InvalidInputError, match="has no chat template"):
         chat_datum(chat("a", "b"), byte_tokenizer(""))

@@ -126,7 +126,7 @@ def test_preferences_without_a_prompt_are_learnt_from_where_they_differ() -> Non
 def test_a_preference_cannot_become_a_single_datum() -> None:
     with pytest.raises(InvalidInputError, match="preference_data"):
         example_datum(Preference("a", "b", "c"), TOKENIZER)
-    with pytest.raises(InvalidInputError, match="a dict is no example"):
+    with pytest.raises(InvalidInputError, match="a dict is not an example"):
         example_datum({"text": "a"}, TOKENIZER)  # type: ignore[arg-type]
 
 

@@ -104,7 +104,7 @@ def test_files_of_other_formats_are_refused(tmp_path: Path, content: str, messag
     path.write_bytes(content.encode())
     with pytest.raises(InvalidInputError, match=message) as caught:
         open_examples(path)
-    assert "one JSON object a line" in str(caught.value)
+    assert "one JSON object per line" in str(caught.value)
     path.write_bytes(content.encode("utf-16"))
     with pytest.raises(InvalidInputError, match="line 1: it is not UTF-8"):
         open_examples(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import List
@@ -72,16 +73,27 @@ def test_quickstart_on_the_embedded_server_keeps_its_checkpoint(texts, tmp_path)
     assert "".join(again.stdout.split()) == "".join(written.split())
 
 
-def test_ctrl_c_ends_the_quickstart_and_its_session(torch_server, texts):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_quickstart_and_its_session(torch_server, texts, signum):
     options = ["--steps", "1000000", "--model", MODEL, "--base-url", torch_server.url]
     with started([QUICKSTART, *options, *texts]) as process:
         trained = torch_server.trained.wait(PATIENCE_S)
-        done = interrupt(process)
-    assert trained, done.stderr
-    assert done.returncode == 130
-    assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == "Interrupted; nothing is left running."
+        process.send_signal(signum)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert trained, stderr
+    assert process.returncode == 130
+    assert stderr == ""
+    assert stdout.splitlines()[-1] == "Interrupted; nothing is left running."
     assert ended_by(torch_server) == ["interrupted"]
+
+
+def test_a_quickstart_in_a_pipe_says_what_it_does(torch_server, texts):
+    options = ["--steps", "1000000", "--model", MODEL, "--base-url", torch_server.url]
+    with started([QUICKSTART, *options, *texts]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Using the server at ")
+        while not process.stdout.readline().startswith("step 1/"):
+            assert process.poll() is None
 
 
 def test_ctrl_c_ends_the_quickstart_and_the_server_in_it(texts, tmp_path):

@@ -264,7 +264,7 @@ def test_the_nesting_of_arguments_is_bounded() -> None:
         ({"inputs": []}, "logprobs"),
         ({"inputs": [{"name": "weights", "rank": 1}]}, "logprobs"),
         ({"inputs": [{"name": "logprobs", "rank": 0}]}, "rank"),
-        ({"inputs": [{"name": "Log", "rank": 1}]}, "no name"),
+        ({"inputs": [{"name": "Log", "rank": 1}]}, "not a valid name"),
         ({"inputs": [{"name": "logprobs", "rank": 1}] * 2}, "twice"),
         (
             {"inputs": [{"name": "logprobs", "rank": 1}, {"name": "a", "rank": 1}]},
@@ -281,7 +281,7 @@ def test_the_fault_of_a_graph_is_named(losses: Api, change: Dict[str, Any], says
 @pytest.mark.parametrize(
     ("nodes", "says"),
     [
-        ([call("torch.exp", LP)], "no scalar"),
+        ([call("torch.exp", LP)], "not a scalar"),
         ([call("torch.sum", LP), call("torch.log", {"ref": "x"}, name="y")], "is nan"),
         ([call("torch.reshape", LP, [7])], "failed at x (reshape)"),
         ([call("expand", LP, 1 << 40, 3, op="call_method")], "too large at x"),
@@ -301,7 +301,7 @@ def test_the_fault_of_a_graph_is_named(losses: Api, change: Dict[str, Any], says
             ],
             "is nan",
         ),
-        ([call("to", LP, {"dtype": "Tensor"}, op="call_method")], "no dtype"),
+        ([call("to", LP, {"dtype": "Tensor"}, op="call_method")], "not a dtype"),
     ],
 )
 def test_a_failing_graph_names_the_node_and_the_run_continues(
@@ -344,7 +344,7 @@ def test_a_loss_belongs_to_its_session_and_its_number(losses: Api) -> None:
     assert create(losses, session, changed, 1) != loss_id
     stranger = losses.model(other)
     refused = submit(losses, stranger, 1, loss_id, datums(), expect=400)
-    assert "no custom loss of this session" in refused["detail"]
+    assert "not a custom loss of this session" in refused["detail"]
     losses.post(f"sessions/{session}/finish")
     assert losses.backend.losses.find(loss_id) is None
     losses.post("create_custom_loss", 410, session_id=session, custom_loss_seq_id=2, **GRAPH)

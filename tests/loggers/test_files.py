@@ -173,7 +173,7 @@ def test_a_failing_output_is_dropped_with_a_warning(tmp_path, monkeypatch, caplo
             loggers.log(0, {"loss": 1.0})
             loggers.log(1, {"loss": 1.0})
     (record,) = caplog.records
-    assert "the logger 'csv' failed and is left out from now on" in record.getMessage()
+    assert "the logger 'csv' failed; the run goes on without it" in record.getMessage()
     assert [row["step"] for row in lines(tmp_path)] == [0, 1]
 
 

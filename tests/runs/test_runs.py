@@ -275,7 +275,7 @@ def test_start_from_a_checkpoint(service: ServiceClient, tmp_path: Path) -> None
     with open_run(service, tmp_path, start_from=path) as run:
         done = run.trainer.forward(batch(0), "cross_entropy").result()
         assert done.metrics["loss:sum"] == now
-    with pytest.raises(RunFolderError, match=r"another origin: .*start_from was 'tinker://"):
+    with pytest.raises(RunFolderError, match=r"other settings: .*start_from was 'tinker://"):
         open_run(service, tmp_path, start_from=path.replace("/a", "/b"))
 
 
@@ -683,11 +683,11 @@ def test_the_child_of_a_fork_does_not_hold_the_folder(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 8}, "another origin: rank was 4 and is 8"),
-        ({"seed": 3}, "another origin: seed was 2 and is 3"),
-        ({"train_mlp": False}, "another origin: train_mlp was True and is False"),
-        ({"config": {"lr": 2}}, "another config: lr was 1 and is 2"),
-        ({"config": None}, "another config: lr was 1 and is not given"),
+        ({"rank": 8}, "other settings: rank was 4, now 8"),
+        ({"seed": 3}, "other settings: seed was 2, now 3"),
+        ({"train_mlp": False}, "other settings: train_mlp was True, now False"),
+        ({"config": {"lr": 2}}, "other settings: lr was 1, now 2"),
+        ({"config": None}, "other settings: lr was 1, now not given"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(
@@ -697,7 +697,7 @@ def test_another_run_in_the_folder_is_refused(
     open_run(service, tmp_path, **given).close()
     with pytest.raises(RunFolderError, match=message):
         open_run(service, tmp_path, **{**given, **change})
-    with pytest.raises(RunFolderError, match="base_model was 'deterministic' and is 'other'"):
+    with pytest.raises(RunFolderError, match="base_model was 'deterministic', now 'other'"):
         service.open_run(tmp_path, "other", rank=4, **given)  # type: ignore[arg-type]
     open_run(service, tmp_path, **given).close()
     if "config" in change:
@@ -983,7 +983,8 @@ def test_repeatedly_lost_sessions(
             with step:
                 end_session(run.service)
                 run.trainer.train_step(step.batch, "cross_entropy", ADAM)
-    assert caplog.text.count("continuing in a new session") == 3
+    assert caplog.text.count("continuing in a new session from the start, after: ") == 3
+    assert "Create a new ServiceClient" not in caplog.text
 
 
 def test_the_body_must_be_inside_the_step_to_survive_a_lost_session(
@@ -1036,5 +1037,5 @@ def test_a_run_whose_model_was_refused_may_start_with_other_settings(
     assert not read_run(tmp_path).has_begun
     with open_run(service, tmp_path, rank=4) as run:
         assert run.record.spec["rank"] == 4
-    with pytest.raises(RunFolderError, match="rank was 4 and is 8"):
+    with pytest.raises(RunFolderError, match="rank was 4, now 8"):
         open_run(service, tmp_path, rank=8)

@@ -322,7 +322,7 @@ def lose_answers(trainer: TrainingClient, routes: TinkerRoutes) -> APIConnection
 def test_the_same_call_again_is_the_same_request(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
-    assert "The same call again is done once" in str(lose_answers(trainer, routes))
+    assert "The same call again is executed only once" in str(lose_answers(trainer, routes))
     routes.serve("optim_step", routes.accept)
     trainer.optim_step(ADAM).result(PATIENCE_S)
     trainer.save_state("a").result(PATIENCE_S)
@@ -352,7 +352,7 @@ def test_the_response_to_another_body_is_not_accepted(
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert isinstance(error, APIError)
     assert error.maybe_taken
-    assert "The same call again is done once" in str(error)
+    assert "The same call again is executed only once" in str(error)
     assert trainer.save_state("a").result(PATIENCE_S).path == PATH
     assert first.ran == ["optim_step", "save_weights"]
 
@@ -371,7 +371,7 @@ def test_a_request_that_breaks_the_server_does_not_block_the_run(
     assert filler.forward_only
     assert filler.seq_id == 1
     assert routes.submitted("save_weights")[0]["seq_id"] == 2
-    assert "seq_id 1, each time. It is given up" in caplog.text
+    assert "seq_id 1. The request is abandoned" in caplog.text
 
 
 def test_a_seq_id_that_cannot_be_filled_blocks_the_run(

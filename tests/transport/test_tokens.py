@@ -662,7 +662,7 @@ def test_a_flag_can_prefer_the_command_to_the_key(
         ("print('tml-half'); sys.exit(3)", "exit code 3"),
         ("pass", "printed nothing"),
         ("print('   ')", "printed nothing"),
-        ("print('tml-one\\ntml-two')", "no key or token"),
+        ("print('tml-one\\ntml-two')", "is not a key or token"),
         ("os.kill(os.getpid(), 9)", "exit code"),
     ],
 )

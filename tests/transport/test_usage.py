@@ -151,7 +151,7 @@ def test_a_budget_in_usd(server: ScriptedServer, routes: TinkerRoutes) -> None:
 def test_a_model_without_a_price_is_refused(server: ScriptedServer, routes: TinkerRoutes) -> None:
     with ServiceClient(base_url=server.url, budget=Budget(usd=1.0)) as client:
         sampler = client.create_sampling_client(base_model="base")
-        with pytest.raises(InvalidInputError, match="no price of model 'base'"):
+        with pytest.raises(InvalidInputError, match="no price for model 'base'"):
             sampler.sample(PROMPT, 1, params(1))
         assert routes.submitted("asample") == []
 

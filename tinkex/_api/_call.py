@@ -1,4 +1,4 @@
-"""How every endpoint function sends JSON and reads its response."""
+"""How endpoint functions send JSON and read the response."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ W = TypeVar("W", bound="Wire")
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Write *body* as JSON; numpy arrays are written from their buffers.
+    """Encode *body* as JSON; numpy arrays are written straight from their buffers.
 
     Raises:
-        InvalidInputError: it holds something that JSON cannot express.
+        InvalidInputError: *body* holds something that JSON cannot express.
     """
     try:
         encoded = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError as error:  # orjson.JSONEncodeError is one
+    except TypeError as error:  # includes orjson.JSONEncodeError
         raise InvalidInputError(f"this cannot be sent as JSON: {error}") from error
-    # A copy, because orjson's own keeps its buffer: 16 KiB for 500 bytes, in each busy thread.
+    # A copy, because orjson's bytes keep its whole buffer alive: 16 KiB for 500 bytes, in each busy
+    # thread.
     return bytes(memoryview(encoded))
 
 
@@ -67,8 +68,8 @@ def call(
     )
     if policy is None:
         policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
-        # Retried through a gateway's responses as long as through any outage: taking one for the
-        # server's refusal would mean guessing whether the seq_id was used.
+        # Keep retrying after a gateway's responses as in any outage: to take one for the server's
+        # refusal would mean guessing whether the seq_id was used.
         if any(name.endswith("seq_id") for name in body or {}):
             policy = dataclasses.replace(policy, max_gateway_answers=None)
     return transport.send(request, policy, channel=channel)
@@ -92,10 +93,10 @@ def post(
 
 
 def segment(what: str, value: str) -> str:
-    """Return *value*, without whitespace around it, as one part of a path; ``:`` stays.
+    """Return *value*, stripped and quoted, as one segment of a path; ``:`` is not quoted.
 
     Raises:
-        InvalidInputError: it would name another route.
+        InvalidInputError: *value* is empty or would change the route.
     """
     name = value.strip() if isinstance(value, str) else ""
     if name in ("", ".", ".."):
@@ -106,7 +107,7 @@ def segment(what: str, value: str) -> str:
 def get(
     transport: Sender, path: str, response_type: Type[W], query: Optional[Mapping[str, Any]] = None
 ) -> W:
-    """GET *path* and read the response; query values that are None or empty are left out."""
+    """GET *path* and read the response; None and empty query values are left out."""
     pairs = {key: value for key, value in (query or {}).items() if value not in (None, "")}
     full = f"{path}?{urlencode(pairs)}" if pairs else path
     return read(response_type, call(transport, "GET", full), f"GET {path}")

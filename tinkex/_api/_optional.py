@@ -1,4 +1,4 @@
-"""Routes that a server may not have: recognizing a missing one, and the error that names it."""
+"""Routes that a server may lack: recognizing a missing route, and the error that names it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tinkex.errors import APIStatusError, RouteMissingError
 if TYPE_CHECKING:
     from tinkex._transport.transport import Sender
 
-#: What web frameworks respond for a missing route; an application's 404 names the missing object
+#: What web frameworks respond if a route is missing; an application's 404 names the missing object
 #: (docs/protocol.md, "Error bodies").
 _GENERIC = ("", "not found", "404 not found", "404: not found", "404 page not found")
 _NAMES_THE_ROUTE = re.compile(r"(cannot|no route:?) (get|post|put|delete) /")
 
 
 def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> bool:
-    """True if *error* means that the server has no such route.
+    """True if *error* means that the server lacks the route.
 
-    A 404 may also mean that a thing named in the request does not exist, unless *names_nothing*.
+    A 404 may also mean that an object named in the request does not exist, unless *names_nothing*.
     """
     if error.status in (405, 501):
         return True
@@ -31,8 +31,8 @@ def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> b
 
 def was_done_before(error: APIStatusError, *statuses: int) -> bool:
     """True if *error* means that an earlier attempt of the same request was carried out."""
-    # A request without a seq_id is sent again when its response is lost.  If the server had carried
-    # it out, the second attempt gets one of *statuses*: there is nothing left to do.
+    # A request without a seq_id is sent again if its response is lost.  If the server has already
+    # carried it out, the second attempt gets one of *statuses*: there is nothing left to do.
     return error.maybe_taken and error.status in statuses and not is_missing_route(error)
 
 
@@ -54,10 +54,10 @@ def optional_route(
     """Turn the response of a server that lacks *route* into RouteMissingError.
 
     Args:
-        route: method and path after ``/api/v1/``, with ``{id}`` for what varies.
+        route: the method, and the path after ``/api/v1/`` with placeholders such as ``{id}``.
         names_nothing: the request names no object that could be missing instead.
-        ask_once: for requests that the library makes by itself: once the route was missing, the
-            error is raised without a request.  What a user calls is tried each time.
+        ask_once: once the route was found missing, raise the error without a request.  For requests
+            that the library makes by itself; what a user calls is tried each time.
     """
     server = transport.server
     status = server.missing_status(route)

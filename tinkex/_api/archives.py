@@ -1,6 +1,7 @@
-"""Where the archive of a checkpoint is (docs/protocol.md, "Archives").
+"""The URL of a checkpoint's archive (docs/protocol.md, "Archives").
 
-Servers build archives on request, and respond with 503 or not at all for minutes meanwhile.
+Servers build archives on request.  That takes minutes, during which they respond with 503 or not at
+all.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 ROUTE = "GET training_runs/{id}/checkpoints/{checkpoint}/archive"
 
-#: Attempts while the server builds the archive, and the pause after each unless the server sends
-#: Retry-After, in seconds.
+#: The number of attempts while the server builds the archive, and the pause after each, in seconds,
+#: unless the server sends Retry-After.
 BUILDING_TRIES = 6
 BUILDING_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 300.0
@@ -47,14 +48,14 @@ def get_checkpoint_archive_url(
     pause: Optional[Pause] = None,
     channel: Optional[Channel] = None,
 ) -> types.CheckpointArchiveUrlResponse:
-    """``GET .../archive``: the signed URL, in a redirect that is not followed or in a body.
+    """``GET .../archive``: the signed URL, from a redirect that is not followed or from a body.
 
-    Blocks while the server builds the archive: six responses of 503, some minutes in all.  *pause*
-    sleeps, or raises to stop; the default raises once the client is closed.
+    Blocks while the server builds the archive, for up to six responses with 503, a few minutes in
+    all.  *pause* sleeps, or raises to stop; the default raises once the client is closed.
 
     Raises:
-        RouteMissingError: the server has no such route.
-        APIStatusError: it refused, or was still building.
+        RouteMissingError: the server lacks the route.
+        APIStatusError: the server refused, or was still building the archive.
         ResponseDecodeError: the response holds no URL.
     """
     pause = pause or _until_closed(transport)
@@ -76,7 +77,7 @@ def get_checkpoint_archive_url(
         headers: Optional[Mapping[str, str]] = None
         try:
             reply = transport.send_once(request, channel=channel)
-            # Of another type, the body may be the archive itself; it would come again each time.
+            # A body of another type may be the archive itself, which every retry would fetch again.
             is_json = not reply.content_type or "json" in reply.content_type
             damaged = error_if_damaged(request, reply) if is_json else None
             if reply.status < 400 and damaged is None:
@@ -86,7 +87,7 @@ def get_checkpoint_archive_url(
             error = silence
         now = clock.monotonic()
         delay_s, error = retries.decide(error, now, random.random(), headers)
-        # The server builds the archive before it responds, and something between has timed out.
+        # The server builds the archive before it responds, and something in between timed out.
         timed_out = headers is None and error.retryable and now - sent >= BUILDING_PAUSE_S
         if timed_out or (headers is not None and error.status == 503):
             building += 1
@@ -97,7 +98,7 @@ def get_checkpoint_archive_url(
         if delay_s is None:
             error.attempts, error.elapsed_s = retries.attempts, now - started
             try:
-                # It sees the error here: a 404 becomes RouteMissingError if it is about the route.
+                # Raised in here, a 404 becomes RouteMissingError if it is about the route.
                 with optional_route(transport, ROUTE):
                     raise error
             finally:
@@ -130,7 +131,7 @@ def _read(
 
 
 def _expires(headers: Mapping[str, str]) -> Optional[datetime]:
-    """Read ``Expires``: an HTTP date, or RFC 3339; None if it makes no sense."""
+    """Read ``Expires``, an HTTP date or RFC 3339; None if it is neither."""
     text = headers.get("expires")
     try:
         found = email.utils.parsedate_to_datetime(text or "")

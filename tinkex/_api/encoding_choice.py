@@ -1,11 +1,12 @@
-"""In which encoding a server takes training batches, found out from its responses.
+"""The encoding in which a server takes training batches, found out from its responses.
 
-Servers of today take protobuf only, or JSON only (docs/servers.md).  With ``wire="auto"`` the
-first batch goes out as protobuf; a response that means "I cannot read this" makes us send the
-same batch, under the same seq_id, as JSON.  What worked is kept in the `ServerState`; other batches
-wait for the outcome.  Nothing is sent again after a success, or after a refusal of the contents.
+Today's servers take only protobuf or only JSON (docs/servers.md).  With ``wire="auto"`` the first
+batch goes out as protobuf; if the response means "I cannot read this", we send the same batch,
+under the same seq_id, as JSON.  Other batches wait for the outcome, and the encoding that worked is
+kept in the `ServerState`.  Nothing is sent again after a success, or after a refusal of the
+contents.
 
-No threads: this runs in the submission threads of training runs.
+No threads of its own: this runs in the submission threads of training runs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from tinkex._transport.transport import Sender
     from tinkex.types import ForwardBackwardRequest, UntypedFuture
 
-#: What servers write about a body that they cannot read (by its absence: nothing at all), and
-#: rarely about what is in it.  A batch is complete: if a field is missing, it was not found.
+#: What servers write about a body that they cannot read (or they write nothing at all), and rarely
+#: about its contents.  A batch is always complete: if a server misses a field, it could not read
+#: it.
 _ABOUT_READING = re.compile(
     r"\bpars|decod|deseriali|encoding|malformed|json|protobuf|utf-?8|(content|media).?type"
     r"|missing|required|dictionary|\['body'\]|^(None)?$",
@@ -39,7 +41,7 @@ _ABOUT_READING = re.compile(
 )
 
 
-# The codecs are imported by programs that train, not by those that only sample.
+# The codecs are imported when first used: a program that only samples does not need them.
 
 
 def _json() -> Codec:
@@ -51,18 +53,18 @@ def _protobuf() -> Codec:
 
 
 def _forced(sender: Sender) -> Optional[Codec]:
-    """The encoding that the settings prescribe, if they do."""
+    """Return the encoding that the settings prescribe, if any."""
     wire = sender.config.wire
     return _json() if wire == "json" else _protobuf() if wire == "protobuf" else None
 
 
 def batch_codec(sender: Sender) -> Optional[Codec]:
-    """The encoding of batches in use, or None while it is not known."""
+    """Return the encoding of batches in use, or None while it is unknown."""
     return _forced(sender) or sender.server.codec
 
 
 def server_dialect(sender: Sender) -> ServerDialect:
-    """What is known of how the server speaks."""
+    """Return what is known about how the server speaks the protocol."""
     return sender.server.dialect(_forced(sender))
 
 
@@ -71,13 +73,13 @@ def submit_batch(
 ) -> UntypedFuture:
     """Submit a batch in the right encoding.  Blocks until the server has accepted it.
 
-    *compress* asks for zstd where the encoding is protobuf.
+    *compress* asks for zstd if the encoding is protobuf.
 
     Raises:
-        APIStatusError: the server refused it.
-        ClientClosedError: the client was closed meanwhile.
+        APIStatusError: the server refused the batch.
+        ClientClosedError: the client was closed in the meantime.
     """
-    # Again after the search of another thread: it may have failed, and decided nothing.
+    # Loop: a search by another thread may have failed and decided nothing.
     while True:
         codec = batch_codec(sender)
         if codec is not None:
@@ -100,7 +102,7 @@ def _submit_as(
     except APIStatusError as error:
         if error.status != 415:
             raise
-        # Never again for this server (docs/protocol.md, "Compression").
+        # Never compress for this server again (docs/protocol.md, "Compression").
         sender.server.compression, sender.server.refuses_compression = None, True
         return forward_backward(sender, codec, request, policy)
     sender.server.compression = "zstd"
@@ -118,33 +120,33 @@ class _FirstBatch:
         self._error: Optional[Exception] = None
 
     def send(self) -> None:
-        """Submit the batch, unless the encoding is known by now; keep the outcome."""
+        """Submit the batch unless the encoding is already known; store the outcome."""
         if self._server.codec is not None:
             return
         try:
             self._accepted = self._find_encoding()
-        except ClientClosedError:  # SingleFlight has another thread search instead
+        except ClientClosedError:  # SingleFlight lets another thread search instead
             raise
         except Exception as error:
-            # Kept, not raised: SingleFlight would raise it in the threads that wait, too, whose
-            # batches it is not about.
+            # Stored, not raised: SingleFlight would also raise it in the waiting threads, though
+            # the error is not about their batches.
             self._error = error
 
     @property
     def was_sent(self) -> bool:
-        """True if it was this caller's batch that was submitted."""
+        """True if this caller's batch was submitted."""
         return self._accepted is not None or self._error is not None
 
     def outcome(self) -> UntypedFuture:
-        """The promise of its result; raises its error."""
+        """Return the future of the batch's result, or raise the batch's error."""
         if self._accepted is None:
             assert self._error is not None
             raise self._error
         return self._accepted
 
     def _find_encoding(self) -> UntypedFuture:
-        """Submit the batch, and note which encoding the server took it in."""
-        # A plain 500 may mean "unreadable", so it is not retried before JSON was tried.
+        """Submit the batch, and record the encoding that the server accepted."""
+        # A plain 500 may mean "unreadable", so try JSON before retrying.
         policy = RetryPolicy(
             max_elapsed_s=self._sender.config.max_outage_s,
             max_server_errors=1,
@@ -160,19 +162,20 @@ class _FirstBatch:
         return accepted
 
     def _try_json(self, first: APIStatusError) -> UntypedFuture:
-        """Submit it as JSON after the error *first*; raise the error that is about the batch."""
+        """Submit the batch as JSON after the error *first*; raise the error that fits the batch."""
         try:
             accepted = _submit_as(_json(), self._sender, self._request)
-        except InvalidInputError as error:  # e.g. it has spans, which JSON cannot express
+        except InvalidInputError as error:  # e.g. spans, which JSON cannot express
             first.hint = first.hint or f"It was not sent as JSON: {error.message}"
             raise first from error
         except APIStatusError as second:
             if _means_protobuf(self._request, second):
                 self._server.codec = _protobuf()
-                if first.status == 500:  # of a server that reads protobuf: now with retries
+                if first.status == 500:  # the server reads protobuf: now with retries
                     return _submit_as(_protobuf(), self._sender, self._request)
                 raise first from None
-            # The server has said so itself; *second* is about the contents of the batch.
+            # 415 itself says that the server takes JSON; *second* is about the contents of the
+            # batch.
             if first.status == 415:
                 self._server.codec = _json()
             if (first.status, first.body) != (second.status, second.body):
@@ -183,9 +186,9 @@ class _FirstBatch:
 
 
 def _is_unreadable(error: APIStatusError) -> bool:
-    """True if *error*, to a batch in protobuf, may mean that the server cannot read it.
+    """True if *error*, for a batch in protobuf, may mean that the server cannot read it.
 
-    That is 415, a plain 500, or 400 or 422 with words about reading.
+    These are 415, a plain 500, and 400 or 422 with words about reading.
     """
     if error.status in (400, 422):
         return _ABOUT_READING.search(str(error.body)) is not None
@@ -193,9 +196,9 @@ def _is_unreadable(error: APIStatusError) -> bool:
 
 
 def _means_protobuf(request: ForwardBackwardRequest, error: APIStatusError) -> bool:
-    """True if *error*, to a batch in JSON, means that the server speaks protobuf.
+    """True if *error*, for a batch in JSON, means that the server speaks protobuf.
 
-    415 names the wrong encoding, 409 means that the first body was read and has used the seq_id
-    up, and ``forward`` is a route of servers that take JSON.
+    415 is about the encoding; 409 means that the first body was read and has used the seq_id; and
+    only servers that take JSON have the route ``forward``.
     """
     return error.status in (409, 415) or (request.forward_only and is_missing_route(error))

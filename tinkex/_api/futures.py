@@ -33,12 +33,11 @@ def retrieve_future(
 ) -> Reply:
     """``POST retrieve_future``, once: a long poll; returns the response whatever its status.
 
-    *binary*: the result may come as protobuf (samples and passes).  *size_first* lets the server
-    announce the size of a large result instead; *payload* then requests the result itself.
+    *binary*: the result may come as protobuf (samples and passes).  *size_first*: the server may
+    send only the size of a large result; *payload* then requests the result itself.
     """
     body: Dict[str, Any] = {"request_id": request_id}
-    # Left out where it is not needed: older servers reject the field (docs/protocol.md, "Large
-    # results").
+    # Left out unless needed: older servers reject the field (docs/protocol.md, "Large results").
     if payload or size_first:
         body["allow_metadata_only"] = not payload
     request = Request(
@@ -63,10 +62,10 @@ def retrieve_futures(
     read_timeout_s: float,
     channel: AnyChannel,
 ) -> Reply:
-    """``POST retrieve_futures``, once: which samples are done since *cursor*.
+    """``POST retrieve_futures``, once: which samples have completed since *cursor*.
 
-    A long poll, unless *immediate*; returns the response whatever its status.  *retrieved* are
-    request ids whose results the server may drop.
+    A long poll, unless *immediate*; returns the response whatever its status.  *retrieved*
+    acknowledges request ids whose results the server may drop.
     """
     body: Dict[str, Any] = {
         "target": {
@@ -94,7 +93,7 @@ class Completions:
     """The response of ``retrieve_futures``.
 
     Attributes:
-        sizes: bytes of the finished results, by request id; 0 if not known, or if it failed.
+        sizes: bytes of each finished result, by request id; 0 if unknown, or if the request failed.
         cursor: the ``prev_cursor`` of the next request.
     """
 

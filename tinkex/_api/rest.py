@@ -1,8 +1,8 @@
-"""Runs, checkpoints, sessions, audit and billing: routes that read or change what the server keeps.
+"""Runs, checkpoints, sessions, audit and billing: routes for what the server stores.
 
 See docs/protocol.md, "Checkpoints", "REST lists" and "Administration".
 
-Every function blocks, and raises RouteMissingError where the server does not have the route.
+Every function blocks, and raises RouteMissingError if the server lacks the route.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _run(run_id: str) -> str:
 
 
 def checkpoint_route(run_id: str, checkpoint_id: str) -> str:
-    """The route of a checkpoint; its id is ``<kind>/<name>``, and the slash is not escaped."""
+    """Return the route of a checkpoint.  Its id is ``<kind>/<name>``; the slash is not escaped."""
     if not isinstance(checkpoint_id, str):
         raise InvalidInputError(f"the checkpoint id is {checkpoint_id!r}; it must be a string")
     parts = [segment("the checkpoint id", part) for part in checkpoint_id.split("/")]
@@ -61,7 +61,7 @@ def _change(
     *,
     done: Tuple[int, ...] = (),
 ) -> None:
-    """Send a change; *done* are the statuses of one that an earlier attempt has made."""
+    """Send a change; *done* are the statuses that mean an earlier attempt has already made it."""
     with optional_route(transport, f"{method} {route}"):
         try:
             call(transport, method, path, body, reads_response=False)
@@ -154,7 +154,7 @@ def copy_weights(
     ttl_seconds: Optional[int] = None,
     weights_access_token: Optional[str] = None,
 ) -> types.CopyWeightsResponse:
-    """``POST copy_weights``; all its attempts have one idempotency key, so it copies once."""
+    """``POST copy_weights``; all attempts have one idempotency key, so the server copies once."""
     fields = {
         "source_path": source_path,
         "destination_project_id": destination_project_id,
@@ -219,7 +219,7 @@ def search_sessions(
         body["display_name"] = request.display_name
     if request.statuses is not None:
         body["statuses"] = [_plain(status) for status in request.statuses]
-    # Defaults are not sent: some servers reject fields that they do not know.
+    # Don't send defaults: some servers reject unknown fields.
     if request.limit != types.SessionSearchRequest.limit:
         body["limit"] = request.limit
     if request.cursor is not None:
@@ -238,7 +238,7 @@ def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
 def get_audit_log(
     transport: Sender, *, event_type: str, day: Optional[date]
 ) -> types.AuditLogResponse:
-    """``GET audit``; it may redirect to another host, which gets no credentials."""
+    """``GET audit``; the server may redirect to another host, which gets no credentials."""
     query = {"event_type": event_type, "day": None if day is None else day.isoformat()}
     return _list(transport, "audit", types.AuditLogResponse, query)
 

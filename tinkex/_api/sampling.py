@@ -21,7 +21,7 @@ def create_sampling_session(
     base_model: Optional[str] = None,
     model_path: Optional[str] = None,
 ) -> Union[types.CreateSamplingSessionResponse, types.UntypedFuture]:
-    """``POST create_sampling_session``; some servers return a future of the response."""
+    """``POST create_sampling_session``; some servers return a future for the response."""
     body: Dict[str, Any] = {
         "session_id": session_id,
         "sampling_session_seq_id": sampling_session_seq_id,
@@ -71,13 +71,13 @@ def asample(
         body,
         types.UntypedFuture,
         channel=channel,
-        # We slow down after a 429, so the server may use it.
+        # Tells the server that it may send 429, after which we slow down.
         headers={"X-Tinker-Sampling-Backpressure": "1"},
     )
 
 
 def get_sampler(transport: Sender, sampler_id: str) -> types.GetSamplerResponse:
-    """``GET samplers/{id}``.  Raises RouteMissingError where the server does not have it."""
+    """``GET samplers/{id}``.  Raises RouteMissingError if the server lacks the route."""
     path = f"/api/v1/samplers/{segment('the sampler id', sampler_id)}"
     with optional_route(transport, "GET samplers/{id}", ask_once=True):
         return get(transport, path, types.GetSamplerResponse)

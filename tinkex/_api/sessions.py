@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tinkex._transport.fast_connection import AnyChannel
     from tinkex._transport.transport import Sender, Transport
 
-#: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
+#: One heartbeat may take this long, in seconds.  It is never retried: the next heartbeat is the
+#: retry.
 HEARTBEAT_TIMEOUT_S = 10.0
 
 #: One telemetry report may take this long, in seconds.
@@ -63,7 +64,7 @@ def create_session(transport: Sender, config: Config) -> types.CreateSessionResp
         )
         raise
     created = read(types.CreateSessionResponse, reply, request.name)
-    raw = reply.json()["session_id"]  # dataclasses-json would make a string of a number
+    raw = reply.json()["session_id"]  # dataclasses-json would turn a number into a string
     if not isinstance(raw, str) or not raw:
         raise ResponseDecodeError(f"{request.name}: session_id is {raw!r}, not a string")
     return created
@@ -78,7 +79,7 @@ def session_heartbeat(
 
 def ask_for_session(transport: Transport, session_id: str, *, timeout_s: float) -> None:
     """``POST session_heartbeat``, with retries for *timeout_s*; raises if all attempts fail."""
-    # Urgent: failed work waits for it, so a 429 or 402 must not delay it.
+    # Urgent: failed work waits for this response, so a 429 or 402 must not delay it.
     policy = RetryPolicy(max_elapsed_s=timeout_s, max_gateway_answers=None)
     transport.send(_heartbeat(session_id, timeout_s), policy, urgent=True)
 
@@ -93,7 +94,7 @@ def finish_session(
 ) -> int:
     """``POST sessions/{id}/finish``, once; returns the status of the response.
 
-    404 means that the route is missing; a 404 about the session is returned as 410.
+    Returns 404 if the route is missing, and 410 for a 404 about the session.
     """
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
@@ -139,7 +140,7 @@ def send_telemetry(
         "session_id": session_id,
         "process_uuid": process_uuid,
     }
-    # Events hold the texts of errors, which may quote a key that the user has put anywhere.
+    # Events hold error messages, which may quote a key, wherever the user has put it.
     clean = transport.redact(encode(body).decode()).encode()
     request = Request(
         "POST",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NEW_RUN = ("session_id", "model_seq_id")
 _OF_RUN = ("model_id", "seq_id")
 
-#: The submissions in JSON, and the fields of each in the order in which they are sent.
+#: The JSON submissions, and the fields of each, in the order in which they are sent.
 SUBMISSIONS: Mapping[str, Tuple[str, ...]] = {
     "create_model": (
         *_NEW_RUN,
@@ -28,7 +28,7 @@ SUBMISSIONS: Mapping[str, Tuple[str, ...]] = {
         "user_metadata",
         "optimizer_config",
     ),
-    # Form 1 makes a new run from a checkpoint, form 2 loads one into a run.
+    # Form 1 creates a run from a checkpoint, form 2 loads a checkpoint into a run.
     "load_weights": (
         *_NEW_RUN,
         *_OF_RUN,
@@ -58,7 +58,7 @@ SUBMISSIONS: Mapping[str, Tuple[str, ...]] = {
 def submit(transport: Sender, route: str, **fields: Any) -> types.UntypedFuture:
     """``POST`` one of SUBMISSIONS -> future of its result.
 
-    Fields that are None are left out: servers of older protocols refuse what they do not know.
+    Fields that are None are left out: servers of older protocols refuse unknown fields.
     """
     names = SUBMISSIONS[route]
     assert fields.keys() <= {*names}, fields.keys()
@@ -82,7 +82,7 @@ def forward_backward(
 ) -> types.UntypedFuture:
     """``POST forward_backward`` (or ``forward``, in JSON) -> future of ForwardBackwardOutput.
 
-    *compressed* sends the body as a zstd frame, which needs ``zstandard``.
+    If *compressed*, the body is sent as a zstd frame, which needs ``zstandard``.
     """
     route = "forward" if request.forward_only and codec.name == "json" else "forward_backward"
     began = time.perf_counter()
@@ -105,7 +105,7 @@ def unload_model(
     """``POST unload_model`` -> future of UnloadModelResponse.
 
     Returns the response itself if an earlier attempt, whose response was lost, has unloaded the
-    model.  Raises RouteMissingError where the server does not have the route, as newer ones do not.
+    model.  Raises RouteMissingError if the server lacks the route, as newer servers do.
     """
     with optional_route(transport, "POST unload_model"):
         try:

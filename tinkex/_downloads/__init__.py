@@ -1,1 +1,1 @@
-"""Moving files: downloads that resume, archives unpacked safely."""
+"""Downloading checkpoints: resumable transfers, and safe unpacking of archives."""

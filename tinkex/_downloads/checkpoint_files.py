@@ -1,7 +1,7 @@
-"""The files of a checkpoint: which names belong to one, and whether it is complete.
+"""The files of a checkpoint: the names that belong to one, and the check that it is complete.
 
-Servers differ in what they put into a checkpoint, so little is required: files that are not
-empty, the weights of an adapter beside its configuration, and no weights that are cut short.
+Servers put different files into a checkpoint, so little is required: a file that is not empty, the
+weights of an adapter beside its configuration, and no truncated weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(r"adapter_model.*\.(safetensors|bin)")
 
 _SAFETENSORS = ".safetensors"
 
-#: A header of safetensors is no longer than this, by its specification.
+#: The specification's limit for a header of safetensors.
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -30,7 +30,7 @@ def is_adapter_file(name: str) -> bool:
 
 
 def files_in(folder: Path) -> List[Path]:
-    """Return the files in *folder*, at any depth, relative to it, in a fixed order."""
+    """Return the files in *folder*, at any depth, as sorted paths relative to it."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
@@ -38,7 +38,7 @@ def check_complete(folder: Path, what: str) -> None:
     """Check that *folder* holds a complete checkpoint; *what* names it.
 
     Raises:
-        ResponseDecodeError: it is empty, lacks its weights, or holds weights that are damaged.
+        ResponseDecodeError: the folder is empty, lacks weights, or holds damaged weights.
     """
     sizes = {file: (folder / file).stat().st_size for file in files_in(folder)}
     if not any(sizes.values()):
@@ -56,12 +56,13 @@ def _check_safetensors(path: Path, what: str) -> None:
     """Check that the file is as long as its header announces."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        # The header's length in eight bytes, the header, which is a JSON object, then the tensors.
+        # The format: the header's length in eight bytes, the header, which is a JSON object, and
+        # the tensors.
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
         if length == 0:
             raise _damaged(f"{what} is empty or begins with zeros")
-        # Not a header of safetensors: an encrypted file, for instance.
+        # Not a header of safetensors, for example in an encrypted file.
         if length > _MAX_HEADER_BYTES or start[8:] != b"{":
             return
         file.seek(8)
@@ -80,7 +81,7 @@ def _announced_bytes(header: bytes) -> Optional[int]:
             entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"
         ]
         return max(ends, default=0)
-    # The file may hold any JSON in the place of a header, so any of these can happen.
+    # A header may be any JSON, or none, so any of these errors can occur.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None
 

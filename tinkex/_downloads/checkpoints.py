@@ -1,8 +1,8 @@
 """Downloads the files of checkpoints.
 
-Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
-exported weights.  In both cases the files are collected in a hidden folder and checked; until all
-have arrived, nothing else at the destination is touched.
+A server offers either an archive of a checkpoint, or a signed URL for each file of exported
+weights.  Either way, the files are collected in a hidden folder and checked; nothing else at the
+destination is touched until all files have arrived.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Called with the bytes that have arrived, and the total, or None if that is not known.
+#: Called with the number of bytes that have arrived, and the total, or None if it is unknown.
 Progress = Callable[[int, Optional[int]], None]
 
-#: The embedded server puts this into checkpoints that PEFT alone cannot merge.
+#: The embedded server puts this file into checkpoints that PEFT alone must not merge.
 MERGING_NOTE = "MERGING.md"
 
-#: The server deletes a temporary export after this long if this process does not.
+#: The server deletes a temporary export after this many seconds, if this process does not.
 EXPORT_TTL_S = 3600
 
 
@@ -63,7 +63,7 @@ def fetch_checkpoint(
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
     overwrite = as_flag("overwrite", overwrite)
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
-    # Before the server is asked: it may take minutes to build an archive (docs/protocol.md,
+    # Checked before any request: the server may take minutes to build an archive (docs/protocol.md,
     # "Archives").
     check_free(target, overwrite)
     config = transport.config
@@ -72,20 +72,20 @@ def fetch_checkpoint(
         with Downloader(config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(transport, parsed, work, downloader, progress or _silent).run()
             work.check(tinker_path)
-            # Checking the files takes time, too: a download cancelled meanwhile must not appear at
-            # *dest*.
+            # Checking the files takes time.  If the download was cancelled during the check, it
+            # must not appear at *dest*.
             downloader.check()
-    # Ctrl-C, too: what has arrived stays for the next call.
+    # Including Ctrl-C: the fetched data stays for the next call.
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
-            error.hint = f"What has arrived is in {work.folder}; the same call resumes from there."
+            error.hint = f"The fetched data is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
     return target
 
 
 def warn_about_merging(folder: Path) -> None:
-    """Log a warning if PEFT alone cannot merge the adapter in *folder*, which says why."""
+    """Log a warning if *folder* holds a note that PEFT alone must not merge the adapter."""
     if (folder / MERGING_NOTE).is_file():
         logger.warning(
             "read %s before you merge this adapter into its base model", folder / MERGING_NOTE
@@ -97,7 +97,7 @@ def _silent(done: int, total: Optional[int]) -> None:
 
 
 class _Download:
-    """One download: finds out where the files are, and fetches them."""
+    """One download: locates the files, and fetches them."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class _Download:
         self._progress = progress
 
     def run(self) -> None:
-        """Fetch all files, in the way that the server offers."""
+        """Fetch all files, in whichever way the server offers."""
         if self._parsed.checkpoint_type == "external":
             self.fetch_files(self._parsed)
             return
@@ -133,9 +133,9 @@ class _Download:
             self.fetch_through_export(missing)
 
     def fetch_archive(self) -> None:
-        """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
+        """Fetch the archive and unpack it; raise RouteMissingError if the server makes none."""
         parsed, transport = self._parsed, self._transport
-        # A channel of its own: cancelling aborts everything on it, and must not reach other
+        # A separate channel, because cancelling aborts everything on it, and must not affect other
         # requests.
         channel = self._downloader.adopt(transport.open_channel())
 
@@ -155,11 +155,11 @@ class _Download:
         finally:
             channel.close()
         logger.info("unpacking %s", parsed.tinker_path)
-        shutil.rmtree(self._work.files, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self._work.files, ignore_errors=True)  # left by a process that was killed
         try:
             extract(part.file, self._work.files, check=self._downloader.check)
         except ResponseDecodeError:
-            part.discard()  # or the next attempt would fail in the same way
+            part.discard()  # otherwise the next attempt would fail in the same way
             raise
 
     def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
@@ -171,13 +171,13 @@ class _Download:
             report = self._reporting(arrived, alone=len(parts) == 1)
             arrived += self._downloader.fetch(part, urls.signer(part.name), report)
         expected = {part.file for part in parts}
-        for file in self._work.files.rglob("*"):  # of an export with other files
+        for file in self._work.files.rglob("*"):  # left from an earlier export with other files
             if file.is_file() and file not in expected:
                 file.unlink()
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        # Few downloads need a session.
+        # Imported here, because few downloads need a session.
         from tinkex._sessions.manager import default_manager
         from tinkex._sessions.runtime import Runtime
         from tinkex._training.create_run import FromCheckpoint, prepare_run
@@ -186,11 +186,11 @@ class _Download:
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
         with Runtime(self._transport.config, default_manager()) as runtime:
-            # The export holds weights alone, so the optimizer's state need not be loaded.
+            # The export holds only weights, so the optimizer's state need not be loaded.
             source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
             new_run = self._wait(runtime.run(source.kind, prepare_run(runtime, source)))
             run = TrainingRun(runtime, new_run.model_id, new_run.next_seq_id)
-            # A new name each time, because one that exists is refused with 409 (docs/protocol.md,
+            # A new name each time, because an existing name is refused with 409 (docs/protocol.md,
             # "Saving weights").
             fields = {"path": f"download-{uuid.uuid4().hex[:12]}", "ttl_seconds": EXPORT_TTL_S}
             try:
@@ -203,7 +203,7 @@ class _Download:
                 self._delete_export(saved.path)
 
     def _delete_export(self, path: str) -> None:
-        """Delete a temporary export; the server does it by itself after an hour."""
+        """Delete a temporary export; otherwise the server deletes it after an hour."""
         parsed = locate_checkpoint(path)
         try:
             api.delete_checkpoint(self._transport, parsed.training_run_id, parsed.checkpoint_id)
@@ -211,20 +211,20 @@ class _Download:
             logger.warning("the temporary export %s was not deleted: %s", path, error)
 
     def _wait(self, future: APIFuture[T]) -> T:
-        """Wait for *future*, or until the download is to stop."""
+        """Wait for *future*; raise as soon as the download must stop."""
         while True:
             try:
-                # In short waits, since cancelling the download does not settle the future.
+                # In short waits, because cancelling the download does not settle the future.
                 return future.result(0.2)
             except FutureTimeoutError:
-                if future.done():  # just now; or the work has failed with such an error
+                if future.done():  # settled just now, or the work itself failed with a timeout
                     return future.result()
                 self._downloader.check()
 
     def _reporting(self, arrived: int, alone: bool) -> Report:
-        """Return what reports the progress of a file after *arrived* bytes of others."""
-        # The sizes of the others are not known before they are fetched, so only a single file has a
-        # total.
+        """Return a function that reports a file's progress after *arrived* bytes of others."""
+        # With several files the total is unknown, because the size of a file is not known before it
+        # is fetched.
 
         def report(done: int, total: Optional[int]) -> None:
             self._progress(arrived + done, total if alone else None)
@@ -249,7 +249,7 @@ class _Urls:
         )
 
     def signer(self, name: str) -> Callable[[bool], Source]:
-        """Return what finds out where the file *name* is."""
+        """Return a function that returns the current location of the file *name*."""
 
         def source() -> Source:
             url = self._latest.urls.get(name)
@@ -259,7 +259,7 @@ class _Urls:
 
         def sign(again: bool) -> Source:
             if again or source().is_stale(self._transport.clock.wall()):
-                # One response signs all files, so the later ones get new URLs, too.
+                # One response signs all files, so later files get new URLs, too.
                 self._latest = self._ask()
             return source()
 

@@ -1,7 +1,8 @@
-"""DownloadFolder: where the files of a checkpoint are collected until all are there.
+"""DownloadFolder: collects the files of a checkpoint until all have arrived.
 
-A hidden folder: beside the destination, which it becomes in one step; or inside the destination,
-if that is a folder already, whose other files are not touched.
+It is a hidden folder.  If the destination does not exist, the folder lies beside it, and its files
+become the destination in one step.  If the destination is a folder already, the hidden folder lies
+inside it.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from tinkex._downloads.part_file import Part
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 
-#: The hidden folder inside of a destination that exists.
+#: The name of the hidden folder inside an existing destination.
 INSIDE = ".checkpoint.part"
 
 
 class DownloadFolder:
-    """The folder for a download to *target*; what is left of another checkpoint is deleted.
+    """The folder for a download to *target*; remains of another checkpoint's download are deleted.
 
     *made_for* identifies the checkpoint.  Used by one thread of one process at a time.
 
     Raises:
-        InvalidInputError: something else has the name of the folder.
+        InvalidInputError: something that is not from a download has the name of the folder.
     """
 
     def __init__(self, target: Path, made_for: Mapping[str, str]) -> None:
         self._target = target
-        # Either way on the file system of the destination, so that moving the files is a rename.
+        # Both are on the destination's file system, so that moving the files is a rename.
         self.folder = (
             target / INSIDE if target.is_dir() else target.with_name(f".{target.name}.part")
         )
@@ -49,7 +50,7 @@ class DownloadFolder:
         self.archive = self.folder / "archive"
         self._made_for = self.folder / "checkpoint.json"
         facts = json.dumps(made_for)
-        # The parts of another checkpoint may have the same names, and must not be resumed from.
+        # Parts of another checkpoint may have the same names, but must not be resumed from.
         if self.folder.exists() and self._read_facts() != facts:
             self._delete_other()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,19 +62,20 @@ class DownloadFolder:
         return ""
 
     def _delete_other(self) -> None:
-        """Delete what is left of the download of another checkpoint, and nothing else."""
-        # The caller may have a folder of this name: only one with our note, or an empty one, is
-        # deleted.
+        """Delete the remains of another checkpoint's download, and nothing else."""
+        # The user may have a folder of this name, so it is deleted only if it is empty or contains
+        # our note.
         ours = self.folder.is_dir() and (self._made_for.exists() or not any(self.folder.iterdir()))
         if not ours:
             raise InvalidInputError(
-                f"{self.folder} is not from a download, which needs a folder of that name",
+                f"{self.folder} is in the way: the download needs a folder of that name, and this "
+                "one is not from a download",
                 hint="Move it away, or choose another folder.",
             )
         shutil.rmtree(self.folder)
 
     def part(self, name: str) -> Part:
-        """The file *name* of the checkpoint, to be fetched; its folder is made."""
+        """Return the part for file *name* of the checkpoint; its folder is created."""
         parts = safe_parts(name)
         part = Part(name, self.files.joinpath(*parts), self.notes.joinpath(*parts))
         for path in (part.file, part.note):
@@ -81,14 +83,14 @@ class DownloadFolder:
         return part
 
     def archive_part(self, name: str) -> Part:
-        """The archive of the checkpoint *name*, to be fetched."""
+        """Return the part for the archive of the checkpoint *name*."""
         return Part(name, self.archive, self.folder / "archive.json")
 
     def check(self, what: str) -> None:
-        """Check that the files make a complete checkpoint, *what*; delete all if they do not.
+        """Check that the files form a complete checkpoint, *what*; delete them all if not.
 
         Raises:
-            ResponseDecodeError: they do not.
+            ResponseDecodeError: the checkpoint is incomplete or damaged.
         """
         try:
             check_complete(self.files, what)
@@ -97,35 +99,35 @@ class DownloadFolder:
             raise
 
     def finish(self) -> None:
-        """Move the files to the destination, and delete the rest.
+        """Move the files to the destination, and delete this folder.
 
-        A destination that exists keeps its files that do not belong to a checkpoint.
+        An existing destination keeps its files that do not belong to a checkpoint.
 
         Raises:
-            InvalidInputError: the destination has a folder in the place of a file, or the reverse.
+            InvalidInputError: the destination has a folder in the place of a file, or vice versa.
                 Nothing was changed.
         """
         if self._target.is_dir():
             self._move_into()
         else:
-            # One step: the destination is complete, or not there.
+            # Atomic: the destination is either complete or does not exist.
             os.rename(self.files, self._target)
         shutil.rmtree(self.folder)
 
     def _move_into(self) -> None:
-        """Replace the files of the checkpoint that is there by the new ones."""
+        """Replace the files of the destination's checkpoint by the new files."""
         target, old = self._target, self.folder / f"old-{uuid.uuid4().hex}"
         new = files_in(self.files)
-        for file in new:  # all of them before the first is moved
+        for file in new:  # check all files before moving the first
             _check_way(target, file)
         replaced = {file for file in new if (target / file).exists()}
-        replaced |= {  # weights beside those of another checkpoint might be taken for its own
+        replaced |= {  # old weights beside the new ones might be taken for theirs
             Path(path.name)
             for path in target.iterdir()
             if path.is_file() and is_adapter_file(path.name)
         }
-        # The configuration goes first and comes last: without it, no program takes the folder for
-        # a complete checkpoint.
+        # The configuration is removed first and added last: without it, no program takes the folder
+        # for a complete checkpoint.
         moves = [(target / file, old / file) for file in sorted(replaced, key=_config_first)]
         moves += [
             (self.files / file, target / file)
@@ -134,7 +136,7 @@ class DownloadFolder:
         _move_all(moves)
 
     def drop_if_empty(self) -> bool:
-        """Delete the folder if there is nothing in it to resume from; return whether it was."""
+        """Delete the folder if it holds nothing to resume from; return whether it was deleted."""
         if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
             return False
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -142,26 +144,26 @@ class DownloadFolder:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Raise InvalidInputError if *target* cannot be written to without losing what is there."""
+    """Raise InvalidInputError if a download to *target* would overwrite something."""
     above = next((parent for parent in target.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise InvalidInputError(f"{above} is a file, not a folder", hint="Choose another folder.")
-    # `exists` follows links: a dangling one occupies the name all the same.
+    # `exists` follows links, but a dangling link occupies the name, too.
     if not (target.exists() or target.is_symlink()):
         return
     if not target.is_dir():
         raise InvalidInputError(
-            f"{target} is not a folder, and a checkpoint is one",
+            f"{target} exists and is not a folder, but a checkpoint needs one",
             hint="Move it away, or choose a folder.",
         )
-    # What an interrupted download has left is no reason to refuse the next one.
+    # The remains of an interrupted download are no reason to refuse the next one.
     if not overwrite and any(path.name != INSIDE for path in target.iterdir()):
         raise InvalidInputError(
             f"{target} exists already, and is not empty",
             hint=ErrorText(
                 "Choose another folder, or ",
                 Setting("overwrite", True),
-                ": that replaces the files of a checkpoint in it, and keeps the others.",
+                ", which replaces the files of a checkpoint in it and keeps the others.",
             ),
         )
 
@@ -187,7 +189,7 @@ def _config_first(file: Path) -> Tuple[bool, Path]:
 
 
 def _move_all(moves: List[Tuple[Path, Path]]) -> None:
-    """Rename each of *moves*, from and to; should one fail, rename the others back."""
+    """Rename each pair (from, to) of *moves*; if one fails, rename the others back."""
     done: List[Tuple[Path, Path]] = []
     try:
         for source, sink in moves:

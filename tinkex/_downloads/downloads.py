@@ -1,9 +1,9 @@
-"""Downloader: fetches signed URLs into files, and resumes where it stopped.
+"""Downloader: fetches signed URLs into files, and resumes interrupted downloads.
 
-Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host must
-not see one.  Signatures are secrets too, so no error and no log line holds a URL.
+This module knows no endpoints, and never sends a credential: a signed URL needs none, and its host
+must not see one.  Signatures are secrets, too, so no error or log line contains a URL.
 
-Thread: ``tinkex-download``, while a Downloader is open, checks whether the caller has cancelled.
+Thread: while a Downloader is open, ``tinkex-download`` checks whether the caller has cancelled.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from tinkex.retry import RetryPolicy, RetryState, retry_after_s
 
 logger = logging.getLogger(__name__)
 
-#: A file fails with this many URLs refused in a row, without a byte in between.
+#: A file fails when this many of its URLs in a row are refused, without a byte in between.
 MAX_REFUSALS = 3
 
-#: Statuses by which a host refuses a URL, perhaps because its signature has expired.
+#: Statuses with which a host refuses a URL, perhaps because its signature has expired.
 _REFUSALS = (401, 403, 404, 410)
 
-_CHUNK = 1 << 16  # a read returns only once all of it has arrived: larger would delay the progress
+_CHUNK = 1 << 16  # a read returns only once it is full, so a larger one would delay the progress
 _CHECK_EVERY_S = 0.1
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
-#: Called with the bytes of one file that have arrived, and its size, or None if that is not known.
+#: Called with the number of a file's bytes that have arrived, and its size, or None if unknown.
 Report = Callable[[int, Optional[int]], None]
 
-#: Returns where a file is; called with True if a new signature is needed.
+#: Returns the location of a file; called with True if a new signature is needed.
 Sign = Callable[[bool], Source]
 
 
 class _StartOver(Exception):
-    """What was fetched so far does not belong to what the host has now."""
+    """The bytes fetched so far do not belong to the host's current version of the file."""
 
 
 class Downloader:
@@ -69,8 +69,8 @@ class Downloader:
 
     Args:
         config: time limits, proxy and CA bundle; its credential is not used.
-        closing: set when the client closes; everything then ends with ClientClosedError.
-        cancel: set by the caller to stop; everything then ends with DownloadCancelledError.
+        closing: set when the client closes; all methods then raise ClientClosedError.
+        cancel: set by the caller to stop; all methods then raise DownloadCancelledError.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Downloader:
         self._closing = closing
         self._cancel = cancel
         self._clock = clock
-        # Set by the watcher: there is a reason to stop.
+        # Set by the watcher thread when there is a reason to stop.
         self._stop = threading.Event()
-        # Set for the watcher, which ends then: the download is over.
+        # Set when the download is over; the watcher thread then ends.
         self._done = threading.Event()
         # Guards _channels.
         self._lock = threading.Lock()
@@ -100,49 +100,49 @@ class Downloader:
 
     def __exit__(self, *exc: object) -> None:
         self._done.set()
-        # Not those that were adopted from outside, which their owners close.
+        # Except adopted channels, which their owners close.
         for channel in self._by_proxy.values():
             channel.close()
 
     def adopt(self, channel: Channel) -> Channel:
-        """Abort *channel* too when the download is to stop; return it."""
+        """Have *channel* aborted, too, when the download must stop; return it."""
         with self._lock:
             self._channels.append(channel)
-        # The watcher may have aborted the others just before this one was added.
+        # The watcher may have aborted the other channels just before this one was added.
         if self._stop.is_set():
             channel.abort()
         return channel
 
     def check(self) -> None:
-        """Raise if the download is to stop."""
+        """Raise if the download must stop."""
         if self._cancel is not None and self._cancel.is_set():
             raise DownloadCancelledError("the download was cancelled")
         if self._closing.is_set():
             raise ClientClosedError("the client was closed during the download")
 
     def pause(self, seconds: float) -> None:
-        """Sleep, or raise as soon as the download is to stop."""
+        """Sleep, but raise as soon as the download must stop."""
         self.check()
-        # One event for both causes, since a thread can wait for one only; the watcher sets it.
+        # A thread can wait for only one event, so the watcher sets this one for both causes.
         self._stop.wait(seconds)
         self.check()
 
     def fetch(self, part: Part, sign: Sign, report: Report) -> int:
         """Download the file of *part*; return its size.
 
-        Bytes that are there already are kept if they are of the same version.  Failures are retried
-        until ``max_outage_s`` have passed without a byte; a URL that expires or is refused is
-        signed again.
+        Bytes fetched earlier are kept if they belong to the same version of the file.  Failures are
+        retried until ``max_outage_s`` seconds have passed without a byte; an expired or refused URL
+        is signed again.
 
         Args:
-            part: the file; its folder exists.
-            sign: returns where it is; may raise.
-            report: called for each piece; may raise to stop.
+            part: the file; its folder must exist.
+            sign: returns the location of the file; may raise.
+            report: called after each piece; may raise to stop the download.
 
         Raises:
             APIError: the download failed.
-            DownloadCancelledError, ClientClosedError: see the constructor; the file stays, and
-                `fetch` resumes from there.
+            DownloadCancelledError, ClientClosedError: see the constructor; the fetched bytes stay,
+                and a later call resumes from there.
         """
         source: Optional[Source] = None
         signed = False
@@ -151,8 +151,8 @@ class Downloader:
         while True:
             self.check()
             if source is None or source.is_stale(self._clock.wall()):
-                # True from the second time on: the URL before was refused or is stale, so a cached
-                # one is no use.
+                # True from the second time on: the last URL was refused or is stale, so a cached
+                # URL is useless.
                 source = sign(signed)
                 signed = True
             try:
@@ -166,8 +166,8 @@ class Downloader:
                 part.discard()
             except APIError as error:
                 self.check()
-                # A host may cut every connection after a while: as long as bytes arrive, that is no
-                # outage, and the next failure is counted as the first.
+                # Some hosts cut every connection after a while.  As long as bytes arrive, that is
+                # no outage, so this failure counts as the first.
                 if part.size > reached:
                     reached, refusals = part.size, 0
                     retries, began = self._new_retries()
@@ -188,16 +188,15 @@ class Downloader:
                 self.pause(delay_s)
 
     def _new_retries(self) -> Tuple[RetryState, float]:
-        """Return what decides on retries from now on, and the time now."""
+        """Return a new retry state that begins now, and the time now."""
         began = self._clock.monotonic()
         return RetryState(RetryPolicy(max_elapsed_s=self._config.max_outage_s), began), began
 
     def _attempt(self, part: Part, source: Source, report: Report) -> int:
         note = Note.load(part.note)
-        # Without a validator nothing shows that the bytes are of the version that the host has now.
+        # Without a validator, nothing shows that the bytes belong to the host's current version.
         offset = part.size if note.validator else 0
-        # Ranges count the bytes as they are sent: those of a compressed body would not be the
-        # file's.
+        # No compression: ranges count the bytes as sent, which would then not be the file's bytes.
         headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -224,7 +223,7 @@ class Downloader:
                     return self._take(part, note, offset, response, report)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             self.check()  # aborting the channel causes such errors, too
-            # Not "from error": its text holds the URL, with the signature.
+            # Not "from error": its text contains the URL with its signature.
             what = (
                 f"the download of {part.name} from {_host(url)} was interrupted: "
                 f"{root_cause(error)}"
@@ -237,7 +236,7 @@ class Downloader:
         self, part: Part, note: Note, offset: int, response: requests.Response, report: Report
     ) -> int:
         status = response.status_code
-        # No range is left because all bytes had arrived when the connection broke.
+        # The range is empty, because all bytes had arrived when the connection broke.
         if status == 416 and offset and _total_of_range(response.headers) == offset:
             return self._finish(part, note, offset)
         if status == 416 and offset:
@@ -245,13 +244,13 @@ class Downloader:
         if status == 206 and offset:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             total = _total_of_range(response.headers)
-            # Bytes of another range would damage the file without any error.
+            # Bytes of another range would silently damage the file.
             if found is None or found[1] is None or int(found[1]) != offset:
                 raise _StartOver
             if total is not None and note.total is not None and total != note.total:
                 raise _StartOver
             note.total = note.total if total is None else total
-        elif status == 200:  # from the beginning: If-Range has found another version, or no ranges
+        elif status == 200:  # the whole file: a new version (If-Range), or ranges not supported
             offset = 0
             length = response.headers.get("Content-Length", "")
             note = Note.of(response.headers, int(length) if length.isdigit() else None)
@@ -259,7 +258,7 @@ class Downloader:
             raise self._failure(part.name, response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ResponseDecodeError(f"{part.name} was sent compressed, which was not requested")
-        # The note first: bytes without one are never resumed from.
+        # The note is saved first: without one, bytes are never resumed from.
         note.save(part.note)
         return self._finish(part, note, self._copy(part.file, offset, note.total, response, report))
 
@@ -281,14 +280,14 @@ class Downloader:
                 self.check()
             self.check()  # an aborted connection can look like the end of the file
             out.flush()
-            # Before the file gets its final name: a power failure must not leave the name without
-            # the bytes.
+            # Synced before the file gets its final name: a power failure must not leave the name
+            # without the bytes.
             os.fsync(out.fileno())
         return offset
 
     def _finish(self, part: Part, note: Note, size: int) -> int:
-        """Check what has arrived; return its size."""
-        if note.total is not None and size < note.total:  # urllib3 before 2 does not check
+        """Check the complete file; return its size."""
+        if note.total is not None and size < note.total:  # urllib3 before 2 does not check this
             raise APIConnectionError(f"{part.name} ended after {size} of {note.total} bytes")
         if note.total is not None and size > note.total:
             raise _StartOver
@@ -312,8 +311,9 @@ class Downloader:
         )
 
     def _channel_for(self, url: str) -> Channel:
-        """The channel to the host of *url*, through the proxy that the environment names."""
-        # The setting is for the server's own URL; a host of signed URLs may need another proxy.
+        """Return the channel to the host of *url*, through the right proxy."""
+        # The proxy setting is for the server's own URL; other hosts of signed URLs may need another
+        # proxy, which the environment names.
         own = same_origin(url, self._config.base_url)
         proxy = self._config.proxy if own else proxy_for(url)
         if proxy not in self._by_proxy:
@@ -322,14 +322,14 @@ class Downloader:
         return self._by_proxy[proxy]
 
     def _watch(self) -> None:
-        """Abort what is in flight as soon as the download is cancelled or the client closed."""
-        # A thread of its own, because one that reads from a socket cannot check anything.
+        """Abort all requests as soon as the download is cancelled or the client is closed."""
+        # In a separate thread, because a thread that reads from a socket cannot check anything.
         while not self._done.wait(_CHECK_EVERY_S):
             if self._closing.is_set() or (self._cancel is not None and self._cancel.is_set()):
                 self._stop.set()
                 with self._lock:
                     channels = list(self._channels)
-                # Without the lock, which `adopt` needs in the thread that downloads.
+                # Without the lock, which `adopt` needs in the downloading thread.
                 for channel in channels:
                     channel.abort()
                 return
@@ -338,13 +338,13 @@ class Downloader:
 def fetch_file(
     downloader: Downloader, name: str, target: Path, sign: Sign, report: Report, *, overwrite: bool
 ) -> int:
-    """Download one file to *target*, which gets its name once all is there; return its size.
+    """Download one file to *target*, which appears only when it is complete; return its size.
 
-    What an interrupted download has fetched stays in a hidden file beside it.
+    An interrupted download leaves what it has fetched in a hidden file beside *target*.
 
     Raises:
-        InvalidInputError: *target* exists, and not *overwrite*.
-        And what `Downloader.fetch` raises.
+        InvalidInputError: *target* exists, and *overwrite* is false.
+        Also everything that `Downloader.fetch` raises.
     """
     if target.exists() and not overwrite:
         raise InvalidInputError(f"{target} exists already", hint="Choose another name.")

@@ -1,8 +1,8 @@
 """Unpacking an archive from an untrusted source, into a folder and nowhere else.
 
-Only plain files and folders are taken; links and devices are refused, and so are names that lead
+Only plain files and folders are unpacked; links and devices are refused, and so are names that lead
 out of the folder.  tarfile's own filters came with Python 3.12 and differ between versions.  The
-archive may be compressed, and damage to it is noticed (`ArchiveReader`).
+archive may be compressed; damage to it is detected (`ArchiveReader`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tinkex.errors import ResponseDecodeError
 
 try:
     from lzma import LZMAError
-except ImportError:  # a Python built without it
+except ImportError:  # a Python built without lzma
     LZMAError: Type[Exception] = zlib.error  # type: ignore[no-redef]
 
-#: Most files in an archive.
+#: The most files that an archive may contain.
 MAX_FILES = 100_000
 
-#: An archive may unpack to EXPANSION times its own size, and to SLACK_BYTES more.
+#: An archive may unpack to at most EXPANSION times its own size, plus SLACK_BYTES.
 EXPANSION = 64
 SLACK_BYTES = 4 << 30
 
@@ -35,18 +35,18 @@ _CHUNK = 1 << 20
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
-#: How a compressed file starts, and the module that reads it.
+#: The first bytes of a compressed file, and the module that reads it.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}
 
 T = TypeVar("T")
 
 
 def safe_parts(name: str) -> List[str]:
-    """Return the parts of a relative path with ``/`` between them, without ``.``.
+    """Return the parts of *name*, a relative path with ``/`` as separator, without ``.``.
 
     Raises:
-        ResponseDecodeError: it is empty or absolute, leads upward, or has another meaning on some
-            system.
+        ResponseDecodeError: *name* is empty or absolute, leads upward, or has a special meaning on
+            some system.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     outside = name.startswith("/") or ".." in parts or _DRIVE.match(name)
@@ -60,23 +60,23 @@ def safe_parts(name: str) -> List[str]:
 
 
 def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: None) -> int:
-    """Unpack the tar *archive*, compressed or not, into the new *folder*; return its bytes.
+    """Unpack the tar *archive*, compressed or not, into the new *folder*; return the bytes written.
 
-    It is read to its end: checksums and the end marker are checked.  *check* is called often, and
-    may raise to stop.  If anything is raised, the folder is deleted.
+    The archive is read to its end, so its checksums and its end marker are verified.  *check* is
+    called often, and may raise to stop.  If anything is raised, the folder is deleted.
 
     Raises:
-        ResponseDecodeError: it is not a tar file, broken, too large unpacked, or not safe.
-        OSError: it cannot be written here.
+        ResponseDecodeError: the archive is not a tar file, damaged, too large unpacked, or unsafe.
+        OSError: the files cannot be written.
     """
     # A few compressed bytes can stand for gigabytes of zeros, which would fill the disk.
     limit = archive.stat().st_size * EXPANSION + SLACK_BYTES
-    # A new folder: whatever is found in it later has come from this archive.
+    # A new folder, so that everything in it comes from this archive.
     folder.mkdir()
     try:
         with ArchiveReader(archive) as reader:
-            # As an uncompressed tar ("r:"): the reader decompresses, and checks what follows the
-            # tar.
+            # Opened as an uncompressed tar ("r:"), because the reader decompresses, and checks the
+            # bytes that follow the tar.
             with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:") as tar:
                 unpacked = _extract(tar, folder, limit, check)
                 reader.finish(limit, check)
@@ -95,11 +95,11 @@ def _extract(tar: tarfile.TarFile, folder: Path, limit: int, check: Callable[[],
     unpacked = 0
     for count, member in enumerate(tar):
         check()
-        # The root itself, with which many archives begin.
+        # Many archives begin with an entry for the root folder.
         if member.isdir() and member.name in (".", "./"):
             continue
         parts = safe_parts(member.name)
-        unpacked += member.size  # as announced: checked before anything of the member is written
+        unpacked += member.size  # the announced size, checked before any of the member is written
         if count >= MAX_FILES or unpacked > limit:
             raise ResponseDecodeError(
                 f"the archive unpacks to more than {MAX_FILES} files or {limit} bytes"
@@ -132,7 +132,7 @@ def _write(
     if target.exists():
         raise ResponseDecodeError(f"the archive holds {member.name!r} twice")
     left = member.size
-    # Exclusive, so that it neither overwrites anything nor follows a link.
+    # Exclusive mode neither overwrites a file nor follows a link.
     with source, open(target, "xb") as out:
         while left:
             check()
@@ -146,8 +146,9 @@ def _write(
 class ArchiveReader:
     """The uncompressed bytes of the archive at *path*.  Used by one thread; a context manager.
 
-    It has what `tarfile` needs of a file: read, seek and tell.  It also reads to the end, because
-    the checksum of a compressed file is there; `tarfile` stops at the marker that ends the tar.
+    It has the methods of a file that `tarfile` needs: read, seek and tell.  `tarfile` stops at the
+    marker that ends the tar, but the checksum of a compressed file comes after it; `finish` reads
+    that, too.
 
     Raises:
         ResponseDecodeError: from every method, if the compressed bytes are damaged.
@@ -164,12 +165,12 @@ class ArchiveReader:
         self._source.close()
 
     def read(self, size: int = -1) -> bytes:
-        """Read *size* bytes, fewer only at the end."""
+        """Read *size* bytes, or fewer at the end."""
         self._last = self._guarded(lambda: self._source.read(size))
         return self._last
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to *offset*; backwards, a compressed file is read again from its start."""
+        """Go to *offset*; to go backwards, a compressed file is read again from its start."""
         return self._guarded(lambda: self._source.seek(offset, whence))
 
     def tell(self) -> int:
@@ -177,7 +178,7 @@ class ArchiveReader:
         return self._source.tell()
 
     def finish(self, limit: int, check: Callable[[], None]) -> None:
-        """Read on to the end, once `tarfile` has found no further member.
+        """Read on to the end, after `tarfile` has found no further member.
 
         *check* is called often, and may raise to stop.
 
@@ -185,7 +186,7 @@ class ArchiveReader:
             ResponseDecodeError: the tar has no end marker, more than *limit* bytes follow it, or
                 the checksum of the compressed bytes is wrong.
         """
-        # The last thing that tarfile reads is the block where it found no further header.
+        # The last block that tarfile reads is the one where it found no further header.
         if self._last != bytes(tarfile.BLOCKSIZE):
             raise ResponseDecodeError(
                 "the archive is damaged: its next file or its end marker is missing, or something "
@@ -204,7 +205,7 @@ class ArchiveReader:
     def _guarded(self, act: Callable[[], T]) -> T:
         try:
             return act()
-        # Each of gzip, bz2 and lzma has errors of its own for damage.
+        # gzip, bz2 and lzma each raise different errors for damage.
         except (OSError, EOFError, zlib.error, LZMAError) as error:
             raise ResponseDecodeError(
                 f"the archive is damaged: {type(error).__name__}: {error}"
@@ -216,7 +217,7 @@ def _open_archive(path: Path) -> BinaryIO:
         start = file.read(6)
     opener = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "io")
     try:
-        # Imported only when needed, since a Python may be built without bz2 or lzma.
+        # Imported only when needed, because a Python may be built without bz2 or lzma.
         return cast(BinaryIO, importlib.import_module(opener).open(path, "rb"))
     except ImportError as error:
         raise ResponseDecodeError(

@@ -43,7 +43,7 @@ def push_to_hub(
     tinker_path = locate_checkpoint(tinker_path).tinker_path
     if not isinstance(repo_id, str) or not repo_id.strip("/"):
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
-    # Before the download, which would be in vain without huggingface_hub.
+    # Before the download, which would be useless without huggingface_hub.
     hub = hub or _hub()
     with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
         files = fetch_checkpoint(
@@ -52,7 +52,7 @@ def push_to_hub(
         if add_model_card and not (files / "README.md").exists():
             card = _model_card(transport, tinker_path, repo_id, files)
             (files / "README.md").write_text(card, encoding="utf-8")
-        # Only now: a download that fails leaves no empty repository behind.
+        # Only now, so that a failed download leaves no empty repository behind.
         hub.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             # The upload expects the branch to exist.
@@ -70,17 +70,17 @@ def push_to_hub(
 
 
 def derived_repo_id(tinker_path: str) -> str:
-    """Return the name of a repository for a checkpoint, of the user who is logged in to the hub.
+    """Return a repository name for a checkpoint, under the user who is logged in to the hub.
 
-    It is made of the names of run and checkpoint.  Blocks.
+    It is derived from the ids of the run and the checkpoint.  Blocks.
 
     Raises:
         ConfigError: huggingface_hub is not installed.
-        And what huggingface_hub raises, for example if nobody is logged in.
+        Also everything that huggingface_hub raises, for example if the user is not logged in.
     """
     parsed = locate_checkpoint(tinker_path)
     name = f"tinker-{parsed.training_run_id}-{parsed.checkpoint_id}"
-    # Ids hold colons and slashes, which names on the hub may not.
+    # Ids contain colons and slashes, which the hub does not allow in names.
     name = re.sub("[^A-Za-z0-9_]+", "-", name)[:_LONGEST_NAME]
     return f"{_hub().whoami()['name']}/{name.strip('-')}"
 
@@ -96,7 +96,7 @@ def _hub() -> Any:
 
 
 def _model_card(transport: Transport, tinker_path: str, repo_id: str, files: Path) -> str:
-    """A README.md for the hub: front matter it can read, and where the weights come from."""
+    """Return a README.md for the hub: its front matter, and the origin of the weights."""
     config: Dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((files / "adapter_config.json").read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _model_card(transport: Transport, tinker_path: str, repo_id: str, files: Pat
         logger.info("the model card describes only what the files show: %s", error)
     lines = ["---"]
     if base_model:
-        # As a JSON string, which is YAML, too: bare text with a colon might not be.
+        # As a JSON string, which is also valid YAML; bare text with a colon might not be.
         lines.append(f"base_model: {json.dumps(base_model)}")
     if config:
         lines.append("library_name: peft")

@@ -1,7 +1,7 @@
-"""A file that is being fetched: what has arrived, and what is known of the original.
+"""A file that is being fetched: the bytes that have arrived, and the facts about the original.
 
-Each has a note beside it, with the entity tag of the version that its bytes are of.  Bytes are only
-added to the same version.
+The facts are kept in a note beside the file.  They include the entity tag of the version that the
+bytes belong to: bytes of another version are never added.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import Callable, Mapping, Optional
 
-#: A URL is signed again this long before it expires, in seconds.
+#: A URL is signed again this many seconds before it expires.
 EXPIRY_MARGIN_S = 300.0
 
 _PIECE = 1 << 20
 
-# Repr-Digest has colons around the value, the older Digest has not.
+# Repr-Digest has colons around the value; the older Digest has none.
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a file can be fetched without credentials, and until when."""
+    """The URL where a file can be fetched without credentials, and when the URL expires."""
 
     url: str = dataclasses.field(repr=False)
     expires: Optional[datetime] = None
 
     def is_stale(self, wall: float) -> bool:
-        """Whether it has to be signed again at *wall*, in seconds since the epoch."""
+        """Whether the URL must be signed again at time *wall*, in seconds since the epoch."""
         return self.expires is not None and self.expires.timestamp() - wall < EXPIRY_MARGIN_S
 
 
 @dataclasses.dataclass
 class Note:
-    """What is known of a file that is being fetched: kept beside it for the next attempt."""
+    """The known facts about a file that is being fetched; kept beside it for the next attempt."""
 
     etag: Optional[str] = None
     modified: Optional[str] = None
@@ -48,8 +48,8 @@ class Note:
 
     @property
     def validator(self) -> Optional[str]:
-        """What ``If-Range`` may carry: a strong tag, or else a date."""
-        # A weak tag stands for equivalent contents, not for equal bytes (RFC 9110, 8.8.1).
+        """The value for ``If-Range``: a strong tag, or a date if there is no tag; else None."""
+        # A weak tag means equivalent contents rather than equal bytes (RFC 9110, 8.8.1).
         if self.etag and not self.etag.startswith("W/"):
             return self.etag
         return None if self.etag else self.modified
@@ -68,14 +68,14 @@ class Note:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(**found)
         except (OSError, ValueError, TypeError):
-            # Without a validator the file is fetched from its beginning.
+            # Without a validator, the file is fetched from the beginning.
             return cls()
 
     @property
     def digest(self) -> Optional[bytes]:
-        """The SHA-256 that was announced for the complete file, if it was."""
-        # For an upload in parts, S3 sends the checksum of the parts' checksums and the number of
-        # parts, which is not base64 of 32 bytes.
+        """The announced SHA-256 of the complete file, or None."""
+        # For a file uploaded in parts, S3 instead sends a checksum of the parts' checksums with the
+        # number of parts, which is not base64 of 32 bytes.
         try:
             raw = base64.b64decode(self.sha256 or "", validate=True)
         except (binascii.Error, ValueError):
@@ -89,7 +89,7 @@ class Note:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A file that is being fetched: its name for messages, where it is, and its note's place."""
+    """A file that is being fetched: its name for messages, and the paths of file and note."""
 
     name: str
     file: Path
@@ -97,18 +97,18 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many bytes have arrived."""
+        """The number of bytes that have arrived."""
         return self.file.stat().st_size if self.file.exists() else 0
 
     def discard(self) -> None:
-        """Delete what has arrived."""
+        """Delete the file and its note."""
         for path in (self.file, self.note):
             if path.exists():
                 path.unlink()
 
 
 def sha256_of(file: Path, check: Callable[[], None]) -> bytes:
-    """Read *file* and return its digest; *check* is called now and then, and may raise."""
+    """Return the SHA-256 of *file*; *check* is called now and then, and may raise to stop."""
     digest = hashlib.sha256()
     with open(file, "rb") as source:
         while True:

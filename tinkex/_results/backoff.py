@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A server that responds "pending" immediately is polled again after this long at first ...
+#: A server that responds "pending" immediately is polled again after this many seconds ...
 FIRST_SPACING_S = 0.02
-#: ... growing by half each time to this.
+#: ... which grows by half each time, up to this.
 LAST_SPACING_S = 1.0
 #: A pending response that took longer than this was a real long poll: poll again immediately.
 HELD_S = 1.0
 #: Back-off after failed polls.
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 10.0
-#: A 500 that came this often in a row, word for word, is the server's final response.
+#: The same 500, word for word, this many times in a row is the server's final response.
 SAME_500_LIMIT = 5
 
 
 def poll_policy(max_outage_s: float) -> RetryPolicy:
-    """How failed polls are repeated: the result of accepted work must not be lost."""
+    """Return how failed polls are retried: the result of accepted work must not be lost."""
     return RetryPolicy(
         base_s=FIRST_BACKOFF_S,
         cap_s=LAST_BACKOFF_S,
@@ -53,11 +53,11 @@ class PollInterval:
         self._spacing_s = FIRST_SPACING_S
 
     def after_pending(self, took_s: float, rand: float) -> float:
-        """Seconds to wait after a pending response that took *took_s*; *rand* is in [0, 1)."""
+        """Return the pause after a pending response that took *took_s*; *rand* is in [0, 1)."""
         if took_s >= HELD_S:
             self._spacing_s = FIRST_SPACING_S
             return 0.0
-        # Jitter: the polls of many futures, begun together, would stay in step.
+        # Jitter: the polls of many futures that began together would stay in step.
         delay_s = self._spacing_s * (0.5 + rand)
         self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
         return delay_s
@@ -77,22 +77,22 @@ class Backoff:
         self._interval = PollInterval()
         self._poll = poll
         self._config = config
-        # A timeout while connecting is an outage; a later one is a poll that was held too long.
+        # A timeout while connecting is an outage; after that, it is a poll that was held too long.
         self._held_s = config.connect_timeout_s + 1
 
     def after_news(self) -> None:
-        """Note a response that brought something: an outage, if there was one, is over."""
+        """Note a response that brought news: an outage, if there was one, is over."""
         self._retries.succeeded()
 
     def after_pending(self, took_s: float) -> float:
-        """The pause after a response that came after *took_s* and brought nothing."""
+        """Return the pause after a response that took *took_s* and brought no news."""
         self._retries.succeeded()
         return self._interval.after_pending(took_s, random.random())
 
     def after_failure(
         self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
     ) -> float:
-        """The pause after a poll that failed; raises *error* once it is final.
+        """Return the pause after a poll that failed; raise *error* once it is final.
 
         *began* is when the poll began; *headers* are as for `RetryState.decide`.
         """

@@ -1,20 +1,20 @@
 """BatchPoller: one long poll waits for all samples (docs/protocol.md, "Batch polling").
 
-For servers that support it, by their flags.  A sample that waits costs no thread: few threads
-submit, one per sampler polls, and few fetch finished results.  How few depends on how long a
-request takes: one for each millisecond, so that a thousand requests can be made in a second.
+Used if the server's flags announce support.  A waiting sample costs no thread: a few threads
+submit, one per sampler polls, and a few fetch finished results.  Their number depends on how long a
+request takes: one thread per millisecond, so that a thousand requests can be made in a second.
 
-Finished results go before new submissions: the threads that submit first help to fetch.  So a
-result is late by the requests that are under way, not by thousands of submissions.
+Finished results take precedence over new submissions: the submitting threads first help to fetch.
+So a result waits only for the requests in flight, not for thousands of submissions.
 
-Whatever goes wrong with the poll, nothing that waits is lost: samples fall back to per-sample
+Whatever goes wrong with the poll, no waiting sample is lost: samples fall back to per-sample
 polling, which also finds the right error for each, or fail together once the server has been silent
-for ``max_outage_s``.  A result that the server does not hand out immediately falls back, too: the
-threads that fetch have no time to wait.
+for ``max_outage_s``.  A sample whose result the server does not hand out immediately falls back,
+too: the fetching threads have no time to wait.
 
 Threads, all lazy: ``tinkex-submit-i`` and ``tinkex-fetch-i`` (2 to 64), ``tinkex-batch-i`` (one
 for each sampler with samples in flight, up to a cap).  The samples of a sampler beyond the cap fall
-back immediately: to wait for a thread, they would have to wait for the samples of others.
+back immediately: otherwise they would wait for a thread until other samplers' samples are done.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Most samplers polled for at a time.
+#: The most samplers polled for at a time.
 POLL_CAP = 64
-#: With more results than this still to be fetched, the next poll waits, in seconds.
+#: While more than MAX_UNFETCHED results are still to be fetched, the next poll is put off by
+#: UNFETCHED_PAUSE_S seconds.
 MAX_UNFETCHED, UNFETCHED_PAUSE_S = 64, 0.01
-#: All acknowledgements at close may take this long together.
+#: All acknowledgements at close may together take this long, in seconds.
 LAST_ACKNOWLEDGEMENT_S = 0.5
 
 _IDLE_S = 5.0
@@ -59,14 +60,14 @@ _IDLE_S = 5.0
 class BatchPoller:
     """Submits samples and fetches their results when the server reports that they are ready.
 
-    Thread-safe; nothing blocks but `flush_acknowledgements`.
+    Thread-safe; only `flush_acknowledgements` blocks.
 
     Args:
         resources: everything goes through its transport, whose ``closing`` event ends every wait.
-        samples: takes over the samples that are to be polled for individually.
+        samples: takes over the samples that must be polled for individually.
 
     Attributes:
-        fall_back, fail, cancels: of *samples*.
+        fall_back, fail, cancels: the ``submit``, ``fail`` and ``cancels`` of *samples*.
     """
 
     def __init__(self, resources: ClientResources, samples: SamplePoller) -> None:
@@ -85,11 +86,11 @@ class BatchPoller:
         self._samplers: Dict[SamplerId, SamplerPolls] = {}
 
     def usable(self, flags: ServerFlags) -> bool:
-        """True if the server supports this."""
+        """Return whether the server supports batch polling."""
         return flags.sample_use_retrieve_futures and self._server.missing_status(ROUTE) is None
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have *request* sent in its turn, and its future settled."""
+        """Have *request* sent when its turn comes, and its future settled."""
         self._gate.enter(request, self._enqueue)
 
     def _enqueue(self, request: PendingRequest[Any]) -> None:
@@ -101,12 +102,12 @@ class BatchPoller:
     # Submitting, by tinkex-submit-i
 
     def _submit(self, request: PendingRequest[Any]) -> None:
-        # Finished results first: one must not wait behind thousands of submissions.
+        # Finished results first: they must not wait behind thousands of submissions.
         self._fetches.run_waiting()
         future = request.future
         if future.done():  # cancelled while it was queued
             return
-        # Until the end of this submission, a completion of an unknown id may be of this request.
+        # Until this submission has ended, a completion with an unknown id may be this request's.
         number = self._submissions.begin()
         try:
             with Lease(future, self._samples.channel()) as lease:
@@ -130,11 +131,11 @@ class BatchPoller:
     # Polling, by tinkex-batch-i
 
     def may_poll(self) -> bool:
-        """Whether a thread is free to poll for another sampler; `start_poll` must follow."""
+        """Reserve a thread for `start_poll`, which must follow; False if none is free."""
         return self._free_polls.acquire(blocking=False)
 
     def start_poll(self, polls: SamplerPolls) -> None:
-        """Have a thread poll for a sampler."""
+        """Have the reserved thread poll for a sampler."""
         try:
             self._polls.submit(functools.partial(self._poll_for, polls))
         except ClientClosedError as error:
@@ -144,13 +145,13 @@ class BatchPoller:
     def _poll_for(self, polls: SamplerPolls) -> None:
         try:
             polls.poll(self, self._samples.channel())
-        except Exception as error:  # a bug, too, falls back: what waits must not hang
+        except Exception as error:  # fall back even after a bug: waiting samples must not hang
             self._on_poll_failure(polls, error)
         finally:
             self._free_polls.release()
 
     def _on_poll_failure(self, polls: SamplerPolls, error: Exception) -> None:
-        """End the poll after an error: fail what waits, or fall back to per-sample polling."""
+        """Fail the samples that wait after an error, or fall back to per-sample polling."""
         # Polling for each sample would meet the same outage, closed client or empty account.
         fails_all = isinstance(error, (APIConnectionError, ClientClosedError)) or (
             isinstance(error, APIError) and error.status == 402
@@ -174,9 +175,9 @@ class BatchPoller:
     def fetch_soon(
         self, polls: SamplerPolls, ready: List[Tuple[PendingRequest[Any], int]]
     ) -> float:
-        """Have the results of *ready*, of some size in bytes each (0: not known), fetched.
+        """Have the results of *ready* fetched: pairs of a request and its result's size in bytes.
 
-        Returns the seconds for which no more would be of use.
+        A size of 0 means unknown.  Returns for how many seconds the next poll should be put off.
         """
         try:
             self._fetches.put([functools.partial(self._fetch, polls, *one) for one in ready])
@@ -190,11 +191,11 @@ class BatchPoller:
         request_id = future.request_id or ""
         try:
             if not future.done() and not self._samples.fetch(request, size):
-                # Acknowledged once it is fetched: the server may drop it then.
+                # Acknowledge it only once it is fetched: the server may drop it then.
                 future.on_settled(functools.partial(polls.note_fetched, request_id))
                 self.fall_back(request)
                 return
-        except ResultExpiredError as lost:  # the other poller decides whether to send it again
+        except ResultExpiredError as lost:  # the SamplePoller decides whether to send it again
             request.note_lost(lost)
             self.fall_back(request)
         except Exception as error:
@@ -204,7 +205,7 @@ class BatchPoller:
     # The end
 
     def close(self) -> None:
-        """Once the pools are closed: drop what was not begun.  Returns immediately.
+        """Drop queued work; call it once the pools are closed.  Returns immediately.
 
         The owner of the futures settles them.
         """
@@ -214,10 +215,10 @@ class BatchPoller:
             polls.wake()
 
     def flush_acknowledgements(self, deadline: float) -> None:
-        """After `close`: acknowledge what was fetched, in one attempt, as far as time allows."""
+        """Acknowledge fetched results, without retries, as far as time allows; after `close`."""
         now = time.monotonic()
         deadline = min(deadline, now + LAST_ACKNOWLEDGEMENT_S)
-        # The caller wakes with its result before the fetching thread has noted that it is fetched.
+        # Let the threads end: a caller may have its result before the fetch was noted.
         for pool in (self._submits.pool, self._fetches.pool, self._polls):
             pool.join(now + (deadline - now) / 2)
         left = [

@@ -1,4 +1,4 @@
-"""SampleGate: bounds the samples of one client that are in flight; the others wait, in order."""
+"""SampleGate: limits how many samples of one client are in flight; the others wait, in order."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class SampleGate:
     It has no thread of its own: the thread that settles one future starts the next request.
 
     Args:
-        limit: of requests in flight; None is no limit.
+        limit: the most requests in flight; None is no limit.
     """
 
     def __init__(self, limit: Optional[int]) -> None:
         self._limit = limit
-        # Guards the rest.  Never held while a request is started.
+        # Guards the attributes below.  Never held while a request is started.
         self._lock = threading.Lock()
         self._waiting: Deque[Tuple[PendingRequest[Any], Start]] = collections.deque()
         self._running: Set[APIFuture[Any]] = set()
@@ -39,29 +39,30 @@ class SampleGate:
         self._start_some(self._limit)
 
     def _start_some(self, limit: int) -> None:
-        # One thread starts at a time, in a loop: a start may fail, and so settle its future, and
-        # call this again, as deep as the queue is long.
+        # One thread at a time starts requests, in a loop: a start that fails settles its future,
+        # which calls this again, and without the loop the recursion would be as deep as the queue
+        # is long.
         while True:
             future: Optional[APIFuture[Any]] = None
             try:
                 with self._lock:
-                    # If a thread is starting one, its loop sees what has come or left meanwhile.
+                    # If another thread is starting a request, its loop handles any changes since.
                     if self._starting or not self._waiting or len(self._running) >= limit:
                         return
                     first, start = self._waiting[0]
-                    if first.future.done():  # cancelled, or closed, while it waited
+                    if first.future.done():  # cancelled while it waited, or the client was closed
                         self._waiting.popleft()
                         continue
                     future, self._starting = first.future, True
                     self._running.add(future)
                     self._waiting.popleft()
-                # Before the start, which may settle it.
+                # Before the start, which may settle the future.
                 future.on_settled(self._left)
                 start(first)
-                # A plain write: a thread that still saw True returned, and the next iteration of
-                # this loop does its work.
+                # A plain write is enough: if a thread still saw True and returned, the next
+                # iteration of this loop does its work.
                 self._starting = False
-            except BaseException:  # Ctrl-C, at any call: nothing else would start or settle it
+            except BaseException:  # Ctrl-C, in any call: nothing else would start or settle it
                 if future is not None:
                     self._starting = False
                     future.cancel()

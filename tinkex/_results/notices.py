@@ -1,4 +1,4 @@
-"""What is logged about a sampler or a run, not too often: pauses by the server, NaN logprobs."""
+"""Warnings about a sampler or a run, logged not too often: pauses by the server, NaN logprobs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 
 logger = logging.getLogger(__name__)
 
-#: About one sampler or run there is at most one warning in this time, in seconds.
+#: The shortest time between two warnings about the same sampler or run, in seconds.
 EVERY_S = 60.0
-#: This many samplers and runs are remembered.
+#: The most samplers and runs that are remembered.
 _KEPT = 256
 
 
 @dataclasses.dataclass
 class _Pause:
-    since: Optional[float] = None  # of the pause that lasts, if one does
+    since: Optional[float] = None  # when the current pause began; None if there is none
     logged_at: float = -math.inf
-    logged: bool = False  # the pause that lasts
+    logged: bool = False  # whether the current pause was logged
 
 
 class PauseNotices:
     """Logs that the server has paused a sampler or a run, and why.  Thread-safe.
 
-    Waiting futures show it, too (`FutureStatus`); the log is for programs that do not look there.
+    Waiting futures report it, too (`FutureStatus`); the log is for programs that do not look there.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -40,7 +40,7 @@ class PauseNotices:
     def note(
         self, owner: str, state: Optional[str], reason: Optional[str], grace_s: float = 0.0
     ) -> None:
-        """Note that work of *owner* is in *state*; a pause is logged after *grace_s*."""
+        """Note the queue *state* of work of *owner*; a pause is logged once it lasts *grace_s*."""
         if state is None:
             return
         now = self._clock.monotonic()
@@ -48,7 +48,7 @@ class PauseNotices:
             if state == "active" and owner not in self._pauses:  # the usual case
                 return
             pause = self._pauses.setdefault(owner, _Pause())
-            # A program may make any number of samplers; the oldest entries go.
+            # A program may make any number of samplers, so drop the oldest entry.
             if len(self._pauses) > _KEPT:
                 del self._pauses[next(iter(self._pauses))]
             resumed = state == "active" and pause.logged
@@ -56,8 +56,8 @@ class PauseNotices:
                 pause.since, pause.logged = None, False
             elif pause.since is None:
                 pause.since = now
-            # Decided under the lock, so that of many threads with the same news one logs it, and
-            # logged outside, since a log handler may block.
+            # Decide under the lock, so that only one of many threads with the same news logs it,
+            # but log outside of it, since a log handler may block.
             due = (
                 pause.since is not None
                 and now - pause.since >= grace_s
@@ -74,10 +74,10 @@ class PauseNotices:
 
 
 class NaNWarning:
-    """Logs once that logprobs of one *owner*, ``"run ..."`` or ``"sampler ..."``, are not numbers.
+    """Logs once that logprobs of *owner*, ``"run ..."`` or ``"sampler ..."``, are NaN.
 
     Attributes:
-        shown: it was logged.  Two threads that race may both log it.
+        shown: whether the warning was logged.  Two threads that race may both log it.
     """
 
     def __init__(self, owner: str) -> None:
@@ -85,7 +85,7 @@ class NaNWarning:
         self.shown = False
 
     def show(self, where: str) -> None:
-        """Log that the logprobs of *where* hold NaN, unless some did before."""
+        """Log that logprobs of *where* are NaN, unless a warning was logged before."""
         if self.shown:
             return
         self.shown = True

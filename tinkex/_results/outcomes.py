@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Union
 from tinkex._transport.request import Reply
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
 
-#: One of these is in every JSON response that is not a result.
+#: Every JSON response that is not a result contains one of these.
 _SPECIAL = (b'"try_again"', b'"complete_metadata"', b'"error"')
 
 
@@ -33,21 +33,21 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class Announced:
-    """Done, but the server reports only how large the result is; it must be fetched."""
+    """Done, but the server has sent only the size of the result, which is still to be fetched."""
 
     size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """Over, without a result."""
+    """The request has failed, with *error*."""
 
     error: TinkexError
 
 
 @dataclasses.dataclass(frozen=True)
 class Trouble:
-    """A failure of the poll, which is repeated; *error* once that does not help."""
+    """Only the poll has failed.  It is repeated; *error* is reported if that does not help."""
 
     error: APIError
 
@@ -60,8 +60,8 @@ def interpret(
 ) -> Outcome:
     """Classify the response to one poll.
 
-    *error* is the typed error of a reply that is not a 2xx.  With *maybe_lost*, an earlier poll was
-    cut off, and its response may have been the result: a 404 now means that it is gone.
+    *error* is the typed error of a reply that is not a 2xx.  With *maybe_lost*, the response to an
+    earlier poll was cut off and may have been the result: a 404 then means that the result is gone.
     """
     if error is not None:
         return _interpret_error(
@@ -100,12 +100,12 @@ def _interpret_error(
     if status == 408:  # how some servers end a long poll
         body = getattr(error, "body", None)
         return _pending(body) if isinstance(body, dict) else Pending()
-    # These are about the poll or the account, not about the work.  501 is not: no repetition makes
-    # a server implement the route.
+    # These are about the poll or the account, not about the work.  501 is excluded: no repetition
+    # makes a server implement the route.
     if status in (402, 429) or (status >= 500 and status != 501):
         return Trouble(error)
-    # A server may hand a result out only once.  A 404 is an unknown request, but after a response
-    # that was cut off it most likely means that that response held the result.
+    # A server may hand out a result only once.  A 404 means an unknown request; but if an earlier
+    # response was cut off, that response most likely was the result.
     if status == 410 or (status == 404 and maybe_lost):
         lost = ResultExpiredError(
             f"the result of {kind} is no longer on the server (status {status})",

@@ -1,4 +1,4 @@
-"""PendingRequest: one request on its way to a result, and a worker's time with it."""
+"""PendingRequest: one request on its way to a result.  Lease: a worker's connection for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class SamplerId(NamedTuple):
-    """A sampler as ``retrieve_futures`` names it: its samples finish independently of others'."""
+    """A sampler as ``retrieve_futures`` names it: there is one batch poll for each."""
 
     sampling_session_id: str
     clone: int = 0
@@ -39,20 +39,23 @@ class SamplerId(NamedTuple):
 class PendingRequest(Generic[T]):
     """One request, from the call to its result: how to send it, and how to read its result.
 
-    Subclasses override `send` and `decode`, and what else they need.  Used by one thread at a
+    Subclasses override `send` and `decode`, and other methods as needed.  Used by one thread at a
     time: the one that sends it, then the one that polls for it.
 
     Attributes:
         future: settled with the result.
-        owner: what it is part of, for log lines: ``"run ..."`` or ``"sampler ..."``.
-        binary: the result may be protobuf.
-        large: the result may be so large that few of its kind should be fetched at a time.
-        pause_grace_s: a pause of the owner is logged after this long.
-        no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
-        accepted: the server works on it, under the future's request id.
-        lost: why it has to be sent again: the server had accepted it, and lost the result.
-        maybe_lost: a response to a poll was lost on its way, which may have held the result.
-        losses: how often it was sent again because the result was lost.
+        owner: the run or sampler that it belongs to, for log lines: ``"run ..."`` or
+            ``"sampler ..."``.
+        binary: whether the result may be protobuf.
+        large: whether the result may be so large that only a few like it should be fetched at a
+            time.
+        pause_grace_s: how long a pause of the owner must last to be logged, in seconds.
+        no_progress_timeout_s: replaces the setting of that name; None keeps the setting.
+        accepted: whether the server has accepted it, under the future's request id.
+        lost: if the server accepted it but lost the result, so that it must be sent again: the
+            error that says so.
+        maybe_lost: whether a response to a poll was lost that may have been the result.
+        losses: how often it was sent again because its result was lost.
     """
 
     # A batch job has thousands of these.
@@ -88,7 +91,7 @@ class PendingRequest(Generic[T]):
         self.losses = 0
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it, on *channel* if there is one; blocks.  Each call makes a new request of it."""
+        """Send it, on *channel* if one is given; blocks.  Each call is a new request."""
         raise NotImplementedError
 
     def decode(self, reply: Reply) -> T:
@@ -103,11 +106,11 @@ class PendingRequest(Generic[T]):
         return error
 
     def retry_after_loss(self) -> Optional[float]:
-        """Seconds after which to send it again if the server lost its result; None is never."""
+        """Return the pause before it is sent again after its result was lost; None if never."""
         return None
 
     def sampler_id(self) -> Optional[SamplerId]:
-        """The sampler whose request it is, once it was sent; None polls for it individually."""
+        """Return its sampler, known once it was sent; None means to poll for it individually."""
         return None
 
     def submit(self, lease: Lease) -> None:
@@ -118,17 +121,17 @@ class PendingRequest(Generic[T]):
         self.note_accepted(response.request_id)
 
     def note_accepted(self, request_id: str) -> None:
-        """The server works on it, and *request_id* asks for the result."""
+        """Note that the server has accepted it under *request_id*."""
         self.future.enter("waiting", request_id)
         self.accepted, self.lost, self.maybe_lost = True, None, False
 
     def note_lost(self, error: ResultExpiredError) -> None:
-        """The server has lost its result: it has to be sent again."""
+        """Note that the server has lost its result: it must be sent again."""
         self.accepted, self.lost = False, error
 
 
 class AcceptedRequest(PendingRequest[T]):
-    """One that the server has accepted already, read by a function."""
+    """A request that the server has already accepted; a function reads its result."""
 
     def __init__(
         self, future: APIFuture[T], decode: Callable[[Reply], T], owner: str, request_id: str
@@ -143,10 +146,10 @@ class AcceptedRequest(PendingRequest[T]):
 
 
 class Lease:
-    """A worker's use of its connection for one future; it ends once the future is cancelled.
+    """A worker's use of its connection for one future; cancelling the future ends it.
 
-    A poll is then aborted.  A submission is finished, but not retried: its response holds the id
-    under which the server can be asked to cancel.
+    A poll is then aborted.  A submission is finished, but not retried: its response contains the id
+    that is needed to have the server cancel the work.
     """
 
     def __init__(self, future: APIFuture[Any], channel: AnyChannel) -> None:
@@ -157,7 +160,7 @@ class Lease:
         self._submitting = False
         self._operation = future.operation
         self._span_token: Any = None
-        # Called in this thread if the future was cancelled already.
+        # Calls `_settled` immediately, in this thread, if the future was cancelled already.
         future.on_settled(self._settled)
 
     def __enter__(self) -> Lease:
@@ -178,7 +181,7 @@ class Lease:
 
     @contextlib.contextmanager
     def submitting(self) -> Iterator[None]:
-        """Do not abort the request that is sent inside."""
+        """Keep the request sent in this block from being aborted."""
         with self._lock:
             self._submitting = True
         try:
@@ -188,13 +191,13 @@ class Lease:
                 self._submitting = False
 
     def _settled(self, future: Any) -> None:
-        """In the thread that settles the future: release the worker if it was cancelled."""
+        """Release the worker if the future was cancelled.  Called in the thread that settles it."""
         with self._lock:
             if self._over or not future.cancelled():
                 return
             self.channel.stopped.set()  # the worker's next lease takes another channel
             submitting = self._submitting
-        # Not under the lock: it closes a socket.
+        # Not under the lock, since this closes a socket.
         if not submitting:
             self.channel.abort()
 
@@ -207,7 +210,7 @@ class ThreadLocalConnections:
         self._thread_local = threading.local()
 
     def get(self) -> AnyChannel:
-        """The calling thread's own; replaced once it was stopped."""
+        """Return the calling thread's connection; one that was stopped is replaced."""
         channel: Optional[AnyChannel] = getattr(self._thread_local, "channel", None)
         if channel is not None and channel.stopped.is_set():  # its last future was cancelled
             channel.abort()

@@ -1,4 +1,4 @@
-"""PollLoop: polls for the result of one accepted request until there is one.
+"""PollLoop: polls for one accepted request until its result arrives.
 
 Used by one thread of a poller; `outcomes` decides what a response means (docs/protocol.md,
 "Interpreting a poll").
@@ -44,10 +44,11 @@ _POLL = Request("POST", "/api/v1/retrieve_future")
 
 
 class PollLoop:
-    """The polling of one request, from its acceptance to its end.
+    """Polls for one request, from its acceptance to its end.
 
-    Stopping *channel* ends it: immediately within a pause, within a poll if the channel is aborted.
-    *announced* is the size of the result, in bytes, if the server has reported it; else 0.
+    Stopping *channel* ends the loop: during a pause immediately, and during a poll if the channel
+    is also aborted.  *announced* is the size of the result in bytes, if the server has reported it,
+    or else 0.
     """
 
     def __init__(
@@ -72,23 +73,23 @@ class PollLoop:
         self._held = 0  # bytes of the quota for large results
         self._backoff = Backoff(resources, _POLL)
         self._last_contact = time.monotonic()
-        # The server accepted it some time ago, if others of its lane had to be waited for.
+        # The server may have accepted the request a while ago: earlier ones of its lane go first.
         self._started = request.future.entered
         self._polled = False
 
     def run(self) -> None:
-        """Settle the future, or raise what it is to be settled with."""
+        """Settle the future, or raise the error to settle it with."""
         with self._reserved():
             self._poll()
 
     def try_once(self) -> bool:
-        """Like `run`, with one poll; False if it did not settle the future."""
+        """Like `run`, but poll only once; return False if that did not settle the future."""
         with self._reserved():
             return self._step(self._future.request_id or "") is None or self._future.done()
 
     @contextlib.contextmanager
     def _reserved(self) -> Iterator[None]:
-        """Reserve the bytes of a result of known size; release in the end all that was reserved."""
+        """Reserve the bytes of a result of known size; at the end, release all reserved bytes."""
         try:
             if self._announced > 0:
                 self._reserve(self._announced)
@@ -114,7 +115,7 @@ class PollLoop:
     def _step(self, request_id: str) -> Optional[float]:
         """Poll once; return the pause before the next poll, or None when settled."""
         began = time.monotonic()
-        # Not before the first poll: a result that is ready is fetched, however late.
+        # Check no limit before the first poll: a result that is ready is fetched, however late.
         if self._polled:
             self._check_limits(began)
         self._polled = True
@@ -130,14 +131,14 @@ class PollLoop:
                 channel=self._channel,
             )
         except APIConnectionError as silence:
-            # With an error status, it got no token and was never sent.  Without one, the response
-            # that was lost may have been the result.
+            # With an error status, the poll got no token and was never sent.  Without one, the lost
+            # response may have been the result.
             unsent = silence.status is not None and silence.status >= 300
             self._request.maybe_lost |= not unsent
             return self._after_failure(silence, began)
         except APIStatusError as refused:  # the server issues no token at present
             return self._after_failure(refused, began, {})
-        # Any response is contact, an error too: no_progress_timeout_s is about silence.
+        # Any response is contact, even an error: no_progress_timeout_s is about silence.
         self._last_contact = time.monotonic()
         error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
         try:
@@ -152,14 +153,14 @@ class PollLoop:
         except ResponseDecodeError as unreadable:
             if not reply.is_damaged:
                 raise
-            # Cut off or garbled on its way: the server may have handed the result out, or still
-            # have it.
+            # The response was cut off or garbled on its way: the server may have handed out the
+            # result, or may still have it.
             self._request.maybe_lost = True
             return self._after_failure(unreadable, began, {})
 
     def _act_on(self, outcome: Outcome, began: float) -> Optional[float]:
         if isinstance(outcome, Done):
-            # A result has no queue state, so that the end of a pause would not be logged.
+            # A result has no queue state: without this, the end of a pause would not be logged.
             if self._future.queue_state not in (None, "active"):
                 self._note_queue("active", None)
             self._finish(outcome.reply)
@@ -194,8 +195,8 @@ class PollLoop:
         # The server sends the size first, so that few large results are in memory at a time.
         if self._payload:
             raise ResponseDecodeError(
-                f"the server announces the result of {self._future.kind} ({announced.size} bytes) "
-                "and does not send it",
+                f"the server announces the result of {self._future.kind} ({announced.size} bytes), "
+                "but does not send it",
                 request_id=self._future.request_id,
             )
         self._backoff.after_news()
@@ -210,8 +211,8 @@ class PollLoop:
             self._future,
         )
         self._held, self._payload = size, True
-        # The wait was ours, not the server's silence; and the result is ready, so that no limit
-        # ends the next poll.
+        # The wait was on our side, so the server was not silent; and since the result is ready, no
+        # limit may end the next poll.
         self._last_contact = time.monotonic()
         self._polled = False
 
@@ -219,7 +220,7 @@ class PollLoop:
         self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
     ) -> float:
         """Return the pause after a poll that failed; raise *error* once it is final."""
-        # Also for status() and the log, while it is retried.
+        # Shown by status() and in the log while the poll is retried.
         self._future.last_error = error.message
         error.attempts = self._future.attempts
         error.elapsed_s = time.monotonic() - self._started
@@ -227,7 +228,7 @@ class PollLoop:
         return self._backoff.after_failure(error, began, headers)
 
     def _read_timeout_s(self, now: float) -> float:
-        """Wait for a response no longer than the limits of the operation allow."""
+        """Return how long to wait for a response, within the limits of the operation."""
         limits = [self._config.poll_timeout_s]
         if self._config.operation_timeout_s is not None:
             limits.append(self._started + self._config.operation_timeout_s - now)
@@ -249,7 +250,7 @@ class PollLoop:
 def overdue(
     request: PendingRequest[Any], config: Config, *, waited_s: float, silent_s: float
 ) -> Optional[TinkexError]:
-    """The error of a request that has taken too long, or been without contact; or None."""
+    """Return the error of a request that took too long, or had no contact for too long; or None."""
     future = request.future
     if config.operation_timeout_s is not None and waited_s >= config.operation_timeout_s:
         return OperationTimeoutError(

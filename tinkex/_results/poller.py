@@ -1,13 +1,13 @@
 """Poller: settles the futures of one client, with few threads.
 
 Work of one training run finishes in the order it was submitted, so each run has a lane and only
-the head of a lane is polled.  Samples finish in any order: where the server can report which are
-done, one poll for each sampler waits for them (see BatchPoller), and elsewhere one poll for each
+the head of a lane is polled.  Samples finish in any order: if the server can report which are done,
+one poll per sampler waits for all of its samples (see BatchPoller); if not, there is one poll per
 sample (see SamplePoller).
 
 Threads: ``tinkex-poll-i`` (one per lane that has work), ``tinkex-flags`` (before the first sample,
-if the server's flags are not known), ``tinkex-callbacks`` (users' callbacks), and those of the two
-pollers of samples.  All are lazy and end when idle, or at close.
+if the server's flags are not known), ``tinkex-callbacks`` (for user callbacks), and those of the
+two pollers of samples.  All are lazy and end when idle, or at close.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Most lanes polled at a time; a lane beyond waits until another is empty.
+#: The most lanes polled at a time; further lanes wait until another is empty.
 POLL_CAP = 256
 
 
@@ -44,8 +44,8 @@ class Poller:
     Args:
         resources: polls go through its transport, whose ``closing`` event ends every wait.
         explain, on_failure: as for SamplePoller.
-        keeps: what each future refers to until it is settled.  Only weakly referred to otherwise,
-            so that it is collected as soon as nothing waits.
+        keeps: an object that every future keeps alive until it is settled.  The poller itself
+            refers to it only weakly, so that it can be collected once no future waits.
     """
 
     def __init__(
@@ -60,19 +60,20 @@ class Poller:
         self._config = transport.config
         self._keeps = None if keeps is None else weakref.ref(keeps)
         self._polls = resources.pools.make("tinkex-poll", POLL_CAP)
-        # One thread: requests that wait for the flags are passed on in their order.
+        # One thread, so that requests that wait for the flags are passed on in order.
         self._asking = resources.pools.make("tinkex-flags", 1, idle_s=1.0)
-        # Apart from the pollers, which a slow callback, or one that waits for another future, would
-        # block; and not among the pools that close first, since settling queues callbacks.
+        # Not a polling thread, which would be blocked by a callback that is slow or waits for
+        # another future; and not one of the pools that close first, since settling a future queues
+        # its callbacks.
         self._callbacks = WorkerPool("tinkex-callbacks", 1)
         self._samples = SamplePoller(resources, explain, on_failure)
         self._batches = BatchPoller(resources, self._samples)
         self.fail = self._samples.fail
-        # One bound method each for all futures.
+        # Bound methods, made once and shared by all futures.
         self._run_callback = self._callbacks.submit
         self._throttle_reason = transport.server.limiter.describe
-        # Guards _outstanding, with what each future keeps, _lanes, _undecided and _closed.  Never
-        # held during I/O or while a future is settled.
+        # Guards _outstanding (which maps each future to the object that it keeps alive), _lanes,
+        # _undecided and _closed.  Never held during I/O or while a future is settled.
         self._lock = threading.Lock()
         self._outstanding: Dict[APIFuture[Any], Optional[object]] = {}
         self._lanes: Dict[str, Deque[PendingRequest[Any]]] = {}
@@ -82,14 +83,14 @@ class Poller:
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
         """Make a future that will be settled at close at the latest.
 
-        One that is *counted* is for a user: it takes a place among ``max_unread`` until it is read
-        or dropped.  If there is none, this blocks.
+        A *counted* future is for the user: it takes one of the ``max_unread`` places until it is
+        read or dropped.  If no place is free, this blocks.
 
         Raises:
-            BackpressureError: there is none, and on_backpressure is ``"raise"``.
+            BackpressureError: no place is free, and on_backpressure is ``"raise"``.
             ClientClosedError: the poller was closed.
         """
-        run_deferred()  # what finalizers have left, e.g. errors to log
+        run_deferred()  # what finalizers could not do themselves, e.g. log errors
         unread = self._resources.unread
         counted = counted and unread.counts
         if counted:
@@ -106,14 +107,14 @@ class Poller:
                 future.on_read(unread.release)
             future.on_settled(self._forget)
             with self._lock:
-                # In one step: `close` settles all that are outstanding, and no other is added.
+                # Atomic with `close`, which settles all outstanding futures: none is added later.
                 if self._closed is not None:
                     raise self._closed
                 self._outstanding[future] = None if self._keeps is None else self._keeps()
             if self._transport.tracer is not None:
                 future.operation = self._transport.tracer.operation(kind)
                 future.on_settled(future.operation.end)
-        except BaseException:  # Ctrl-C: nothing else would settle it, or read it
+        except BaseException:  # Ctrl-C: nothing else would settle or read the future
             if future is not None:
                 self._forget(future)
                 future.uncount()
@@ -123,17 +124,17 @@ class Poller:
         return future
 
     def inflight(self) -> List[APIFuture[Any]]:
-        """The futures that are not settled yet, in no order."""
+        """Return the futures that are not settled yet, in no particular order."""
         with self._lock:
             outstanding = list(self._outstanding)
         # A thread that waits for a future may wake before the callback that removes it has run.
         return [future for future in outstanding if not future.done()]
 
     def watch(self, lane: str, request: PendingRequest[Any]) -> None:
-        """Poll for *request*, already accepted, after all others of *lane*."""
+        """Poll for *request*, which is already accepted, after all earlier ones of *lane*."""
         with self._lock:
             queue = self._lanes.get(lane)
-            if queue is not None:  # a thread drains the lane, and will come to it
+            if queue is not None:  # the thread that drains the lane will reach it
                 queue.append(request)
                 return
             self._lanes[lane] = collections.deque([request])
@@ -146,13 +147,13 @@ class Poller:
                 self.fail(left.future, error)
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have *request*, of a sampler, sent, and wait for its result.  Returns immediately."""
+        """Have a sampler's *request* sent and its result fetched.  Returns immediately."""
         flags = self._transport.server.flags.static
         if request.sampler_id() is None:
             self._samples.submit(request)
         elif flags is not None and not self._undecided:
             self._choose(request, flags)
-        else:  # also with known flags: it must not overtake those that waited for them
+        else:  # even with known flags: it must not overtake requests that waited for them
             with self._lock:
                 self._undecided += 1
             try:
@@ -194,7 +195,7 @@ class Poller:
         with self._lock:
             self._closed = self._closed or error
             outstanding = list(self._outstanding)
-        # First the pools: a callback of a settled future could submit more work.
+        # The pools first: a callback of a settled future could submit more work.
         self._resources.pools.close()
         self._batches.close()
         for future in outstanding:
@@ -206,7 +207,7 @@ class Poller:
         return [*self._resources.pools.join(deadline), *self._callbacks.join(deadline)]
 
     def flush_acknowledgements(self, deadline: float) -> None:
-        """After `close`: acknowledge the results that have arrived, as far as time allows.
+        """Acknowledge the results that have arrived, as far as time allows; call it after `close`.
 
         Blocks for half a second at most, until *deadline* (monotonic) at the latest.
         """
@@ -215,7 +216,7 @@ class Poller:
     def _forget(self, future: Any) -> None:
         with self._lock:
             kept = self._outstanding.pop(future, None)
-        # Not with the lock held: it may be the last reference to the runtime, whose finalizers run.
+        # Not with the lock held: if this is the last reference to the runtime, finalizers run here.
         del kept
 
     def _drain(self, lane: str) -> None:
@@ -230,8 +231,7 @@ class Poller:
             # A TinkexError, or a bug: either way the future is settled, and the lane goes on.
             except Exception as error:
                 self._samples.fail_request(head, error)
-            # In one step with the end of this thread's work: `watch` starts another if the lane is
-            # not there.
+            # Atomic with `watch`, which starts another thread if the lane does not exist.
             with self._lock:
                 queue = self._lanes[lane]
                 queue.popleft()

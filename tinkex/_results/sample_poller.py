@@ -1,12 +1,12 @@
 """SamplePoller: submits each sample, and polls for it, in a thread and on a connection of its own.
 
-Up to a cap; more are queued.  A worker whose future is cancelled is free immediately: its
+Samples beyond a cap are queued.  A worker whose future is cancelled is free immediately: its
 connection is aborted, and it gets a new one.
 
-Threads: ``tinkex-sample-i``, one per sample in flight, and up to eight ``tinkex-cancel-i``, while
-there is something to cancel.
-With completions in order, a few threads were measured to be as fast as a thread per future, while
-unordered long polls behind a small pool turned milliseconds into seconds.
+Threads: ``tinkex-sample-i``, one per sample in flight, and up to eight ``tinkex-cancel-i`` while
+there is something to cancel.  Measurements showed why each sample needs a thread: for work that
+completes in order, a few threads are as fast as one per future, but unordered long polls that share
+a small pool turned milliseconds into seconds.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 CANCEL_ROUTE = "POST cancel_future"
 
 _CANCEL_THREADS = 8
-#: More than this many cancels are not queued: the server will drop the work in time.
+#: The most cancels that are queued; further ones are dropped, as the work ends by itself in time.
 _MAX_QUEUED = 10_000
 
 
 class SamplePoller:
-    """Polls for one request after the other, and fails those that cannot go on.  Thread-safe.
+    """Submits requests, polls for their results, and settles those that fail.  Thread-safe.
 
     Args:
         resources: polls go through its transport, whose ``closing`` event ends every wait.
@@ -49,7 +49,7 @@ class SamplePoller:
             not raise.
 
     Attributes:
-        cancels: gets the samples that were cancelled.
+        cancels: asks the server to cancel samples.
     """
 
     def __init__(
@@ -68,26 +68,26 @@ class SamplePoller:
         self._channels = ThreadLocalConnections(resources.transport)
 
     def channel(self) -> AnyChannel:
-        """The calling thread's own connection."""
+        """Return the calling thread's own connection."""
         return self._channels.get()
 
     def poll(self, request: PendingRequest[Any], channel: AnyChannel) -> None:
-        """Block until the future of *request* is settled, by any thread, or raise its error."""
+        """Poll until the future of *request* is settled, by any thread, or raise its error."""
         PollLoop(self._resources, request, channel, self._pauses).run()
 
     def fetch(self, request: PendingRequest[Any], size: int) -> bool:
-        """Poll once for a result of *size* bytes; False if the server did not hand it out."""
+        """Poll once for a result of *size* bytes; return False if the server withheld it."""
         with Lease(request.future, self.channel()) as lease:
             loop = PollLoop(self._resources, request, lease.channel, self._pauses, announced=size)
             return loop.try_once()
 
     def limit(self, cap: int) -> None:
-        """Let there be *cap* samples in flight at most."""
+        """Allow at most *cap* samples in flight."""
         if self._workers.cap != cap:
             self._workers.resize(max(1, cap))
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have a worker submit *request*, unless it is accepted, and poll for it.
+        """Have a worker submit *request*, unless it is already accepted, and poll for its result.
 
         Does not block.
         """
@@ -97,10 +97,10 @@ class SamplePoller:
             self.fail(request.future, error)
 
     def _run(self, request: PendingRequest[Any]) -> None:
-        """On a worker, ``tinkex-sample-i``."""
+        """Submit *request* and poll for its result.  Called on a worker, ``tinkex-sample-i``."""
         future = request.future
         if future.done():  # cancelled while it was queued
-            # Accepted by a batch poller, which handed it over.
+            # It is accepted if the batch poller has submitted it and handed it over.
             if request.accepted and future.cancelled():
                 self.cancels.put(future.request_id or "")
             return
@@ -124,7 +124,7 @@ class SamplePoller:
                 return
             except ResultExpiredError as lost:
                 request.note_lost(lost)
-            finally:  # its poll was aborted, so the server does not know yet
+            finally:  # the poll was aborted, so the server does not know of the cancel yet
                 if future.cancelled():
                     self.cancels.put(future.request_id or "")
 
@@ -139,20 +139,20 @@ class SamplePoller:
         lease.channel.stopped.wait(delay_s)
 
     def fail_request(self, request: PendingRequest[Any], error: BaseException) -> None:
-        """Settle the future of *request* with *error*, unless the request goes on."""
+        """Settle the future of *request* with *error*, unless the request continues regardless."""
         unhandled = request.on_failure(error)
         if unhandled is not None:
             self.fail(request.future, unhandled)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
-        """Settle *future* with *error*, explained."""
+        """Settle *future* with *error*, or with the error that explains it."""
         if isinstance(error, TinkexError):
             error.request_id = error.request_id or future.request_id
             explained = error if self._explain is None else self._explain(error)
             if explained is not error:
                 explained.__cause__ = error
             error = explained
-        # Before its waiters wake: they may close the client immediately.
+        # Before the waiters wake: they may close the client immediately.
         if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
         if isinstance(error, TinkexError):
@@ -163,10 +163,10 @@ class SamplePoller:
 
 
 class CancelQueue:
-    """Asks the server to cancel samples that are not wanted any more.  Thread-safe.
+    """Asks the server to cancel samples that are no longer wanted.  Thread-safe.
 
-    Servers that support this have a flag for it (docs/protocol.md, "Cancellation"); others get
-    nothing.  Cancels are sent a few at a time, each retried; failures are only logged.
+    Nothing is sent unless a flag of the server says that it supports this (docs/protocol.md,
+    "Cancellation").  Cancels are sent a few at a time, with retries; failures are only logged.
     """
 
     def __init__(self, resources: ClientResources) -> None:
@@ -177,7 +177,7 @@ class CancelQueue:
     def put(self, request_id: str) -> None:
         """Have the server cancel *request_id*.  Never blocks, never raises."""
         if self._pool.waiting < _MAX_QUEUED:
-            with contextlib.suppress(ClientClosedError):  # the session ends, with all its work
+            with contextlib.suppress(ClientClosedError):  # the session ends with all its work
                 self._pool.submit(functools.partial(self._cancel, request_id))
 
     def _cancel(self, request_id: str) -> None:
@@ -193,7 +193,7 @@ class CancelQueue:
                 self._transport.server.note_missing(CANCEL_ROUTE, error.status)
 
     def _limit(self) -> int:
-        """How many cancels the server accepts at a time; 0 if it supports none."""
+        """Return how many cancels the server accepts at a time; 0 if it supports none."""
         try:
             flags = dynamic_flags_for(self._transport)
         except TinkexError as error:

@@ -1,7 +1,8 @@
 """SamplerPolls: the samples of one sampler that are in flight, and the long poll for them.
 
-See docs/protocol.md, "Batch polling".  The threads that submit add to it, ``tinkex-batch-i`` polls,
-and those that fetch report what they have; all of them belong to the BatchPoller.
+See docs/protocol.md, "Batch polling".  The submitting threads add samples, a thread
+``tinkex-batch-i`` polls, and the fetching threads report which results they have fetched; all of
+these threads belong to the BatchPoller.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ logger = logging.getLogger(__name__)
 ROUTE = "POST retrieve_futures"
 _POLL = Request("POST", "/api/v1/retrieve_futures")
 
-#: With nothing in flight, results are acknowledged after this long, if no poll did it before.
+#: With nothing in flight, results are acknowledged after this many seconds, if no poll did it
+#: before.
 ACKNOWLEDGE_AFTER_S = 1.0
-#: A poll that only acknowledges may take this long.
+#: The timeout of a poll that only acknowledges, in seconds.
 ACKNOWLEDGE_TIMEOUT_S = 5.0
-#: No server holds a poll this long (about 30 s are usual); the next one asks for the same.
+#: The timeout of a poll, in seconds.  Servers hold a poll for a shorter time, usually about 30 s;
+#: after a timeout, the next poll asks for the same.
 READ_TIMEOUT_S = 60.0
 
 
 class NextPoll(NamedTuple):
-    """What to send: since which cursor, what to acknowledge, and whether anything is waited for."""
+    """A poll to send: its cursor, the results to acknowledge, and whether any sample waits."""
 
     cursor: int
     retrieved: Tuple[str, ...]
@@ -53,20 +56,21 @@ class CompletionTracker:
     """The samples of one sampler, by request id.  Bookkeeping only: its owner guards it.
 
     A sample can be done before the response to its submission was read.  So completions of unknown
-    ids are kept until every submission that was under way then is over.  What is still unknown
-    after that was cancelled, or has taken too long, and is acknowledged without being fetched.
+    ids are kept until every submission that was then in flight is over.  A sample that is still
+    unknown after that was cancelled or has taken too long; it is acknowledged without being
+    fetched.
     """
 
     def __init__(self) -> None:
         self.waiting: Dict[str, PendingRequest[Any]] = {}  # in the order of their acceptance
-        self._early: Dict[str, Tuple[int, int]] = {}  # size, and submissions begun by then
+        self._early: Dict[str, Tuple[int, int]] = {}  # size, and how many submissions had begun
         self._fetching: Set[str] = set()
         self._unacknowledged: Set[str] = set()
         self._cursor = 0
         self._acknowledged_cursor = 0
 
     def expect(self, request_id: str, request: PendingRequest[Any]) -> Optional[int]:
-        """Wait for *request*; if it is done already, return the size of its result instead."""
+        """Track *request* as waiting; if it is done already, return its result's size instead."""
         early = self._early.pop(request_id, None)
         if early is None:
             self.waiting[request_id] = request
@@ -75,27 +79,27 @@ class CompletionTracker:
         return early[0]
 
     def next_poll(self) -> NextPoll:
-        """What to send next."""
+        """Return the poll to send next."""
         return NextPoll(self._cursor, tuple(sorted(self._unacknowledged)), bool(self.waiting))
 
     @property
     def is_idle(self) -> bool:
-        """True if nothing is waited for, being fetched, or to be acknowledged."""
+        """True if no sample is waiting, being fetched, or to be acknowledged."""
         return not (self.waiting or self._fetching or self.has_unacknowledged)
 
     @property
     def has_unacknowledged(self) -> bool:
-        """True if the server does not know of everything that was taken from it."""
+        """True if a fetched result, or the cursor, is still to be acknowledged."""
         return bool(self._unacknowledged) or self._cursor != self._acknowledged_cursor
 
     def note_completions(
         self, sent: NextPoll, sizes: Mapping[str, int], cursor: int, begun: int
     ) -> List[Tuple[PendingRequest[Any], int]]:
-        """Take the response to *sent*; return what is to be fetched, with the size of each.
+        """Take in the response to *sent*; return the requests to fetch, with their results' sizes.
 
         *begun* is the number of submissions so far.
         """
-        # Only what was sent: more may have been fetched while the poll was held.
+        # Only what *sent* acknowledged: more may have been fetched while the poll was held.
         self._unacknowledged.difference_update(sent.retrieved)
         self._acknowledged_cursor, self._cursor = sent.cursor, cursor
         ready: List[Tuple[PendingRequest[Any], int]] = []
@@ -104,7 +108,7 @@ class CompletionTracker:
             if request is not None:
                 self._fetching.add(request_id)
                 ready.append((request, size))
-            # The server repeats what it has reported until that is acknowledged.
+            # The server repeats each completion until it is acknowledged.
             elif request_id not in self._fetching and request_id not in self._unacknowledged:
                 self._early[request_id] = (size, begun)
         return ready
@@ -112,7 +116,7 @@ class CompletionTracker:
     def drop_unwanted(self, oldest: int) -> None:
         """Acknowledge results that no request waits for.
 
-        *oldest* is the first submission under way.
+        *oldest* is the number of the oldest submission in flight.
         """
         unwanted = [name for name, (_, begun) in self._early.items() if begun < oldest]
         for name in unwanted:
@@ -120,34 +124,34 @@ class CompletionTracker:
         self._unacknowledged.update(unwanted)
 
     def note_fetched(self, request_id: str) -> None:
-        """Its result was fetched, or is not wanted any more: acknowledge it."""
+        """Have a result acknowledged, because it was fetched or is no longer wanted."""
         self._fetching.discard(request_id)
         self._unacknowledged.add(request_id)
 
 
 class Submissions:
-    """Numbers the submissions of all samplers, and knows which are under way.  Thread-safe."""
+    """Numbers the submissions of all samplers, and knows which are in flight.  Thread-safe."""
 
     def __init__(self) -> None:
-        # Guards what follows.
+        # Guards the attributes below.
         self._lock = threading.Lock()
-        self._under_way: Dict[int, None] = {}  # in their order
-        self.begun = 0  # how many there were
+        self._under_way: Dict[int, None] = {}  # in order
+        self.begun = 0  # how many have begun so far
 
     def begin(self) -> int:
-        """Return the number of a new one."""
+        """Begin a submission and return its number."""
         with self._lock:
             self.begun += 1
             self._under_way[self.begun] = None
             return self.begun
 
     def end(self, number: int) -> None:
-        """Its response was read, and what was accepted is expected."""
+        """Mark a submission as over: it has failed, or its accepted sample is tracked."""
         with self._lock:
             del self._under_way[number]
 
     def oldest(self) -> int:
-        """The first that is under way; the next one to come if none is."""
+        """Return the oldest submission in flight; if there is none, the number of the next one."""
         with self._lock:
             return next(iter(self._under_way), self.begun + 1)
 
@@ -155,7 +159,7 @@ class Submissions:
 class SamplerPolls:
     """The samples of one sampler, and the poll for them.  Thread-safe.
 
-    The poller is an argument, never an attribute, so that both can be collected.
+    The poller is an argument, never an attribute, so that both can be garbage-collected.
 
     Attributes:
         sampler_id: the sampler.
@@ -169,33 +173,33 @@ class SamplerPolls:
         self._transport = resources.transport
         self._config = resources.transport.config
         self._submissions = submissions
-        # When the server last responded to a poll, or there was first something to poll for
-        # (monotonic).  Written by the thread that polls, and before there is one.
+        # When the server last responded to a poll, or when a sample began to wait while no other
+        # did (monotonic).  Written by the polling thread, and by `expect` while no sample waits.
         self._last_contact = 0.0
-        # Guards what follows, but for _wake.
+        # Guards the attributes below, except _wake.
         self._lock = threading.Lock()
         self._tracker = CompletionTracker()
-        self._polled = False  # a thread polls for it
+        self._polled = False  # a thread polls for the sampler
         self._per_sample = False  # its samples are polled for individually
-        self._idle = False  # its thread waits for something to poll for
-        self._no_progress_s = math.inf  # the shortest of all its samples
+        self._idle = False  # the polling thread waits for something to poll for
+        self._no_progress_s = math.inf  # the shortest no_progress_timeout_s of all its samples
         self._wake = threading.Event()
 
     # Called by the threads that submit
 
     def expect(self, request: PendingRequest[Any], poller: BatchPoller) -> None:
-        """Wait for the result of *request*, which was accepted."""
+        """Track *request*, which the server has accepted, until its result is ready."""
         request_id = request.future.request_id or ""
         limit_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         size: Optional[int] = None
-        # All in one step: `_stop` ends the polling thread under the same lock, so that either this
-        # request is seen there, or a new thread is started here.
+        # Atomic with `_stop`, which ends the polling thread under the same lock: either it sees
+        # this request, or we start a new thread.
         with self._lock:
             starts = not self._polled
             watched = not self._per_sample and (not starts or poller.may_poll())
             idle = self._idle
             if watched:
-                if not self._tracker.waiting:  # the silence before there was work does not count
+                if not self._tracker.waiting:  # time without work does not count as silence
                     self._last_contact = time.monotonic()
                 self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
                 size = self._tracker.expect(request_id, request)
@@ -205,7 +209,7 @@ class SamplerPolls:
             return
         if idle:
             self._wake.set()
-        # Outside the lock: `_withdraw` takes it, and runs here if the future is settled already.
+        # Outside the lock, which `_withdraw` takes: it is called here if the future is settled.
         if size is None:
             withdraw = functools.partial(self._withdraw, poller.cancels, request_id)
             request.future.on_settled(withdraw)
@@ -215,9 +219,12 @@ class SamplerPolls:
             poller.start_poll(self)
 
     def _withdraw(self, cancels: CancelQueue, request_id: str, future: Any) -> None:
-        """In the thread that settles the future: if it was cancelled, have the server cancel it."""
+        """Forget a settled future; if it was cancelled, have the server cancel its sample.
+
+        Called in the thread that settles the future.
+        """
         with self._lock:
-            # If it was taken off already, a thread that fetches it sees the cancellation.
+            # If the sample no longer waits, the thread that fetches its result sees the cancel.
             waited = self._tracker.waiting.pop(request_id, None) is not None
         if waited and future.cancelled():
             cancels.put(request_id)
@@ -225,10 +232,10 @@ class SamplerPolls:
     # Called by the thread that polls
 
     def poll(self, poller: BatchPoller, channel: AnyChannel) -> None:
-        """Poll until nothing is waited for and the server knows what was fetched.
+        """Poll until no sample waits and all fetched results are acknowledged.
 
         Raises:
-            TinkexError: what ends the polling before that; samples may still be waited for.
+            TinkexError: polling has failed before that; samples may still be waiting.
         """
         backoff = Backoff(self._resources, _POLL)
         while not self._transport.closing.is_set():
@@ -239,7 +246,7 @@ class SamplerPolls:
                 for future, error in self._overdue():
                     poller.fail(future, error)
                 pause_s = self._poll_once(sent, poller, channel, backoff)
-                if pause_s > 0:  # the close of the client ends it early
+                if pause_s > 0:  # ends early when the client is closed
                     channel.stopped.wait(pause_s)
             elif not self._was_woken() and self._acknowledge_or_stop(poller, channel):
                 return
@@ -247,7 +254,11 @@ class SamplerPolls:
     def _poll_once(
         self, sent: NextPoll, poller: BatchPoller, channel: AnyChannel, backoff: Backoff
     ) -> float:
-        """Poll once; return the pause before the next poll, or raise what ends the polling."""
+        """Poll once; return the pause before the next poll.  An error that it raises ends polling.
+
+        Raises:
+            TinkexError: polling cannot continue.
+        """
         server, began = self._transport.server, time.monotonic()
         with self._lock:
             limit_s = min(self._config.poll_timeout_s, READ_TIMEOUT_S, self._left_s_locked(began))
@@ -278,7 +289,7 @@ class SamplerPolls:
         return max(pause_s, backoff.after_pending(now - began))
 
     def send(self, poll: NextPoll, channel: AnyChannel, read_timeout_s: float) -> Reply:
-        """Send *poll* once.  The server does not hold it if nothing is waited for."""
+        """Send *poll*, without retries.  The server responds immediately if no sample waits."""
         return retrieve_futures(
             self._transport,
             sampling_session_id=self.sampler_id.sampling_session_id,
@@ -291,9 +302,13 @@ class SamplerPolls:
         )
 
     def _take(self, sent: NextPoll, reply: Reply, poller: BatchPoller) -> Tuple[bool, float]:
-        """Have what is done fetched; return whether anything is, and the pause before more."""
+        """Have the samples that are done fetched.
+
+        Returns whether there are any, and the pause before the next poll.
+        """
         completions = read_completions(reply)
-        # Read before, to nest no lock in ours.  It only grows: an older value drops fewer.
+        # Read outside our lock, so that no lock is nested in it.  The number only grows: an older
+        # one drops fewer results.
         oldest = self._submissions.oldest()
         with self._lock:
             ready = self._tracker.note_completions(
@@ -303,9 +318,9 @@ class SamplerPolls:
         return bool(completions.sizes), poller.fetch_soon(self, ready)
 
     def _was_woken(self) -> bool:
-        """Block until there is something to poll for; False if there is nothing for a while."""
+        """Wait until there is something to poll for; return False if nothing comes for a while."""
         woken = self._wake.wait(ACKNOWLEDGE_AFTER_S)
-        # What was added just before is seen by the next look at the tracker.
+        # A sample that was added just before is seen when the tracker is next read.
         self._wake.clear()
         return woken
 
@@ -314,7 +329,7 @@ class SamplerPolls:
         self._wake.set()
 
     def _acknowledge_or_stop(self, poller: BatchPoller, channel: AnyChannel) -> bool:
-        """Acknowledge what was fetched; True if there was nothing left to do and polling stops."""
+        """Acknowledge fetched results; return True if there was nothing to do and polling stops."""
         oldest = self._submissions.oldest()
         with self._lock:
             self._tracker.drop_unwanted(oldest)
@@ -331,10 +346,10 @@ class SamplerPolls:
         except TinkexError as error:
             trouble = error.message
         logger.debug("could not acknowledge results: %s", trouble)
-        return self._stop(acknowledged=False)  # the next poll does it, or the server drops them
+        return self._stop(acknowledged=False)  # a later poll does it, or the server drops them
 
     def _stop(self, *, acknowledged: bool) -> bool:
-        """Note that no thread polls any more; False if there is something to poll for."""
+        """Note that no thread polls any more; return False if there still is work."""
         with self._lock:
             if self._tracker.waiting or (acknowledged and not self._tracker.is_idle):
                 return False
@@ -342,28 +357,29 @@ class SamplerPolls:
             return True
 
     def abandon(self, *, per_sample: bool) -> List[PendingRequest[Any]]:
-        """Note that polling has failed; return what was waited for.
+        """Note that polling has failed; return the requests that were waiting.
 
-        With *per_sample* it is over for good: samples are polled for individually.
+        With *per_sample*, batch polling is over for good: samples are polled for individually.
         """
-        with self._lock:  # in one step: a request that comes later finds no thread polling
+        with self._lock:  # atomic: a request that is added later finds no thread polling
             self._polled = self._idle = False
             self._per_sample = self._per_sample or per_sample
             left, self._tracker.waiting = self._tracker.waiting, {}
             return list(left.values())
 
     def last_acknowledgement(self) -> Optional[NextPoll]:
-        """What acknowledges all that was fetched, once polling is over; None if nothing is left."""
+        """Return the poll that acknowledges the last results; None if none is needed."""
         with self._lock:
             if self._per_sample or not self._tracker.has_unacknowledged:
                 return None
             return self._tracker.next_poll()._replace(waiting=False)
 
     def _overdue(self) -> List[Tuple[APIFuture[Any], TinkexError]]:
-        """What has taken too long, with the error of each."""
+        """Return the futures that have taken too long, with the error of each."""
         now = time.monotonic()
         with self._lock:
-            # Thousands may wait, and this is called before every poll: look at each only if due.
+            # Thousands may wait, and this is called before every poll: check each only if one is
+            # late.
             late = self._left_s_locked(now) <= 0
             waiting = list(self._tracker.waiting.values()) if late else []
         silent_s = now - self._last_contact
@@ -376,7 +392,7 @@ class SamplerPolls:
         return found
 
     def _left_s_locked(self, now: float) -> float:
-        """Seconds until something that is waited for has taken too long, or less."""
+        """Return a lower bound of the seconds until a waiting sample has taken too long."""
         left_s = self._last_contact + self._no_progress_s - now
         oldest = next(iter(self._tracker.waiting.values()), None)  # dicts keep their order
         if oldest is not None and self._config.operation_timeout_s is not None:
@@ -387,6 +403,6 @@ class SamplerPolls:
     # Called by the threads that fetch
 
     def note_fetched(self, request_id: str, future: object = None) -> None:
-        """Its result was fetched, or is not wanted any more; *future* is not used."""
+        """Note that a result was fetched or is no longer wanted; *future* is not used."""
         with self._lock:
             self._tracker.note_fetched(request_id)

@@ -1,6 +1,6 @@
-"""URLs that a caller gives: the server's and a proxy's.  Pure functions.
+"""URLs that a caller gives: of the server and of a proxy.  Pure functions.
 
-A mistake in one is found when the client is made.  Later it would look like an outage, which
+They are checked when the client is made.  Later, a mistake in one would look like an outage, which
 clients wait out for minutes.
 """
 
@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import ConfigError
 
-#: A host name, of labels that the resolver takes; in brackets, an IPv6 address.
+#: A host name, made of labels that the resolver accepts, or an IPv6 address in brackets.
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\]"
 _ADDRESS = re.compile(rf"(?P<user>[^@]*@)?(?P<host>{_HOST})(?P<port>:[0-9]{{0,5}})?")
@@ -30,12 +30,12 @@ _PROXY_SCHEMES = ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
 
 
 def normal_base_url(url: object) -> str:
-    """Return *url* as requests are sent to it: scheme and host in lower case, the path escaped.
+    """Return *url* normalized: scheme and host in lower case, the path escaped.
 
-    Whitespace around it and slashes at its end are dropped.
+    Surrounding whitespace and trailing slashes are dropped.
 
     Raises:
-        ConfigError: it is not the http(s) URL of a server, with at most a path.
+        ConfigError: *url* is not an http(s) URL of a host with, at most, a port and a path.
     """
     text = url.strip() if isinstance(url, str) else ""
     parts = _split(text)
@@ -63,18 +63,18 @@ def normal_base_url(url: object) -> str:
 
 
 def _suggestion(text: str) -> str:
-    """What to write instead of *text*, which is no http(s) URL."""
+    """Return a hint about *text*, which is not an http(s) URL."""
     if "://" not in text and "@" not in text and _split(f"http://{text}") is not None:
         return f"Begin it with the scheme: http://{text} or https://{text}."
     return "Give the server's address, e.g. http://localhost:8080; a port is from 1 to 65535."
 
 
 def normal_proxy(url: object) -> str:
-    """Return the URL of a proxy; ``http://`` is put before one without a scheme.
+    """Return the URL of a proxy, with ``http://`` in front if it has no scheme.
 
     Raises:
-        ConfigError: it is none, or a SOCKS proxy that nothing here can use; the message does not
-            hold *url*, which may hold a password.
+        ConfigError: *url* is not a proxy's, or PySocks, which a SOCKS proxy needs, is not
+            installed; the message leaves out *url*, which may hold a password.
     """
     text = url.strip() if isinstance(url, str) else ""
     if "://" not in text:
@@ -82,9 +82,9 @@ def normal_proxy(url: object) -> str:
     parts = _split(text)
     if parts is None or parts.scheme not in _PROXY_SCHEMES:
         raise ConfigError(
-            "the proxy is not the URL of a proxy",
-            hint="It is like http://proxy:3128, and comes from proxy= or from http_proxy, "
-            "https_proxy or all_proxy. Name hosts that need none in no_proxy.",
+            "the proxy setting is not a valid proxy URL",
+            hint="It looks like http://proxy:3128, and comes from proxy= or from http_proxy, "
+            "https_proxy or all_proxy. Name hosts that need no proxy in no_proxy.",
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
         raise ConfigError(
@@ -95,15 +95,15 @@ def normal_proxy(url: object) -> str:
 
 
 def proxy_for(url: str) -> Optional[str]:
-    """The proxy that the environment (or the system's settings) names for *url*.
+    """Return the proxy that the environment (or the system's settings) names for *url*, or None.
 
-    Programs on this machine are reached without one.
+    Servers on this machine are reached without a proxy.
     """
     parts = _split(url)
     host = (parts.hostname if parts is not None else None) or ""
     if parts is None or host in ("localhost", "::1") or host.startswith("127."):
         return None
-    # With the port, since no_proxy may name one.
+    # With the port, since no_proxy may name a port.
     if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
         return None
     proxies = urllib.request.getproxies()
@@ -111,7 +111,7 @@ def proxy_for(url: str) -> Optional[str]:
 
 
 def proxy_variable(url: str) -> Optional[str]:
-    """The variable of the environment that names a proxy for URLs like *url*; None without one."""
+    """Return the environment variable that names the proxy for URLs like *url*, or None."""
     parts = _split(url)
     schemes = () if parts is None else (parts.scheme, "all")
     names = [name for scheme in schemes for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper())]
@@ -119,8 +119,8 @@ def proxy_variable(url: str) -> Optional[str]:
 
 
 def _split(url: str) -> Optional[SplitResult]:
-    """The parts of *url*, its host in lower case and ASCII; None if it is no URL of a host."""
-    if not url.isprintable():  # urlsplit would drop line breaks and go on
+    """Return the parts of *url*, with the host in lower case and ASCII; None if it is invalid."""
+    if not url.isprintable():  # urlsplit would drop line breaks
         return None
     try:
         parts = urlsplit(url)
@@ -130,7 +130,7 @@ def _split(url: str) -> Optional[SplitResult]:
         match = _ADDRESS.fullmatch(user + at + address)
         if match is None or parts.port == 0 or len(match["host"]) > _LONGEST_HOST:
             return None
-    except ValueError:  # a port, an IPv6 address or an international name that is none
+    except ValueError:  # an invalid port, IPv6 address or international name
         return None
     port = match["port"] if parts.port else ""
     return parts._replace(netloc=f"{match['user'] or ''}{match['host'].lower()}{port}")

@@ -1,7 +1,7 @@
-"""The clock that waits go by, and the pacing of long ones.
+"""The clock that all waits use, and the pacing of long waits.
 
-`Clock` is injectable, so that tests need not sleep.  `LongWait` paces one wait of one thread, which
-blocks for `LongWait.slice_s` at a time and logs what it waits for when a notice is due.
+`Clock` is injectable, so that tests need not sleep.  `LongWait` paces one wait of one thread: the
+thread blocks for `LongWait.slice_s` at a time, and logs why it waits when a notice is due.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Optional, Protocol
 #: The longest pause between two notices about one wait, in seconds.
 LONGEST_NOTICE_S = 300.0
 
-#: On Windows a wait for a lock or a queue cannot be interrupted before Python 3.14.
+#: On Windows, Ctrl-C cannot interrupt a wait for a lock or a queue before Python 3.14.
 _LONGEST_SLICE_S = 0.25 if sys.platform == "win32" else LONGEST_NOTICE_S
 
 
@@ -22,10 +22,10 @@ class Clock(Protocol):
     """Two readings of the time, in seconds."""
 
     def monotonic(self) -> float:
-        """Seconds that never jump; for deadlines.  They stand still while the machine sleeps."""
+        """Seconds that never jump, for deadlines.  They stand still while the machine sleeps."""
 
     def wall(self) -> float:
-        """Seconds since the epoch; for timestamps, and to notice that the machine slept."""
+        """Seconds since the epoch, for timestamps, and to notice that the machine slept."""
 
 
 class SystemClock:
@@ -47,9 +47,9 @@ class LongWait:
     """One wait, which begins now.
 
     Args:
-        notice_after_s: seconds until the first notice; each pause is twice the one before, up to
-            LONGEST_NOTICE_S.
-        timeout_s: seconds until the wait is over; None is no limit.
+        notice_after_s: seconds until the first notice; each further pause is twice the previous
+            one, up to LONGEST_NOTICE_S.
+        timeout_s: seconds until the wait is over; None means no limit.
     """
 
     __slots__ = ("_began", "_deadline", "_notice_at", "_pause_s", "timeout_s")
@@ -62,13 +62,13 @@ class LongWait:
         self._notice_at = self._began + notice_after_s
 
     def slice_s(self) -> float:
-        """Seconds to block before the limits are looked at again."""
+        """Return how many seconds to block before checking the limits again."""
         left_s = min(self._deadline, self._notice_at) - time.monotonic()
         return max(0.0, min(left_s, _LONGEST_SLICE_S))
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the wait began."""
         return time.monotonic() - self._began
 
     @property
@@ -77,7 +77,7 @@ class LongWait:
         return time.monotonic() >= self._deadline
 
     def notice_is_due(self) -> bool:
-        """True if the wait is to be explained now; the next notice is due after a longer pause."""
+        """Return True if the wait should be explained now; the next pause is longer."""
         now = time.monotonic()
         if now < self._notice_at:
             return False

@@ -9,17 +9,17 @@ from typing import Optional
 if sys.platform != "win32":
     import resource
 
-#: Descriptors left to everything but connections: files, pipes, libraries, the program itself.
+#: Descriptors left for everything but connections: files, pipes, libraries, the program.
 _RESERVED = 64
 
 
 def are_exhausted(error: BaseException) -> bool:
-    """Return whether *error*, or what it was raised from, is about descriptors that ran out."""
+    """Return whether *error*, or an error behind it, means that file descriptors have run out."""
     seen: Optional[BaseException] = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
             return True
-        # requests and urllib3 keep what they wrap in args[0] or `reason`, and not always as cause.
+        # requests and urllib3 keep a wrapped error in args[0] or `reason`, not always as the cause.
         inner = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
         reason = getattr(seen, "reason", None)
         seen = reason if isinstance(reason, BaseException) else inner or seen.__cause__
@@ -27,7 +27,7 @@ def are_exhausted(error: BaseException) -> bool:
 
 
 def limit() -> Optional[int]:
-    """How many descriptors this process may have open; None if that is not known or unlimited."""
+    """Return how many descriptors this process may have open; None if unknown or unlimited."""
     if sys.platform == "win32":
         return None
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -35,7 +35,7 @@ def limit() -> Optional[int]:
 
 
 def connection_cap() -> int:
-    """How many connections to have open at most.
+    """Return how many connections may be open at most.
 
     Half of the descriptors: with an embedded server in this process, a connection takes two.
     """
@@ -44,7 +44,7 @@ def connection_cap() -> int:
 
 
 def advice() -> str:
-    """What the user can do about it."""
+    """Return what the user can do if descriptors run out."""
     allowed = limit()
     limit_is = (
         f"The limit of this process is {allowed}" if allowed is not None else "There is a limit"

@@ -1,8 +1,8 @@
-"""ErrorText: a text that knows which settings it names, so that a program can name its own.
+"""ErrorText: a text that knows which settings it names, so that a program can rename them.
 
-An error of the library names arguments (``overwrite=True``); the command line shows the same error
-with its options (``--force``).  Which parts of the text are settings is recorded where the text is
-made: it cannot be read off the text, which may hold a path such as ``runs/seed=1``.
+The library's errors name arguments (``overwrite=True``); the command line shows the same errors
+with its options (``--force``).  Which parts of a text are settings is recorded when the text is
+made: parsing cannot tell, since a text may hold a path such as ``runs/seed=1``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ class Setting(NamedTuple):
     """A setting that a text names, as an argument: ``max_tokens``, ``top_p=2.0``, ``port=...``.
 
     Attributes:
-        name: of the argument.
-        value: what it is set to; Ellipsis is a value for the reader to choose, None names the
-            argument alone.
-        aside: text around it, with ``{}`` in its place, which makes no sense without it.
-        option: an option of `tinkex serve` of the same meaning, to be named as well.
+        name: the argument's name.
+        value: the argument's value; Ellipsis stands for a value that the reader chooses, and None
+            names the argument alone.
+        aside: a template with ``{}`` for the setting, if the text around it makes no sense without
+            it.
+        option: an equivalent option of `tinkex serve`, named as well.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Setting(NamedTuple):
         return self.aside.format(shown if self.option is None else f"{self.option}, {shown}")
 
 
-#: Returns the text for a setting; None where there is none, as in another program's options.
+#: Returns the text for a setting, or None if the program has no such setting.
 Naming = Callable[[Setting], Optional[str]]
 
 
 class ErrorText(str):
-    """The string of its *parts*, in which settings can be named differently.
+    """A string made of *parts*, in which settings can be named differently.
 
     Other string methods return plain strings; use ``ErrorText(text, ...)`` to extend one.
     """
@@ -56,9 +57,9 @@ class ErrorText(str):
         return text
 
     def naming(self, name: Naming) -> str:
-        """Return the text with what *name* returns for each setting.
+        """Return the text with each setting replaced by what *name* returns for it.
 
-        Where that is None, the setting keeps its name; if it is an aside, it is left out.
+        If that is None, the setting keeps its name, or is left out if it has an aside.
         """
         return "".join(
             part if isinstance(part, str) else _named(part, name(part)) for part in self.parts

@@ -1,4 +1,4 @@
-"""Locks of files between processes, which the system releases when their holder ends."""
+"""File locks between processes; the system releases them when their holder ends."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 
 
 def lock_file(descriptor: int) -> None:
-    """Lock an open file, which must be writable.  Does not wait; closing the file releases it.
+    """Lock an open, writable file without waiting; closing the file releases the lock.
 
     Raises:
         BlockingIOError: another process, or another open file of this one, has the lock.
-        OSError: the file system has no locks.
+        OSError: the file system does not support locks.
     """
     if sys.platform == "win32":
         import msvcrt
@@ -22,6 +22,6 @@ def lock_file(descriptor: int) -> None:
     else:
         import fcntl
 
-        # Not lockf, whose locks belong to the process: two open files of one process would share
-        # it.
+        # Not lockf: its locks belong to the process, so that two open files of one process would
+        # share one.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Modules that are imported when something in them is first used, in whichever thread that is.
+"""Modules that are imported when something in them is first used, by whichever thread uses it.
 
-After a fork the child has the parent's locks but only one of its threads, so the import lock of a
-module that another thread was importing is never released.  A fork therefore waits for our imports.
+A forked child has the parent's locks but only one of its threads: the import lock of a module that
+another thread was importing would never be released.  A fork therefore waits for our imports.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import threading
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
-#: The longest that a fork waits, in seconds: the forking thread may hold a lock the import needs.
+#: The longest wait of a fork, in seconds: the forking thread may hold a lock that an import needs.
 _MAX_FORK_WAIT_S = 10.0
 
 # Guards _importing, and is held while the process forks.  Not held during an import: two threads
 # whose imports need each other's modules would deadlock.
 _condition = threading.Condition()
 _importing: Dict[int, int] = {}  # thread ident -> imports in progress
-_modules: Dict[str, Any] = {}  # completely imported modules; sys.modules may hold partial ones
+_modules: Dict[str, Any] = {}  # fully imported modules; sys.modules may hold partial ones
 
 
 def import_late(name: str) -> Any:
-    """Return the module *name*, imported at the first call.  Thread-safe."""
+    """Return the module *name*, importing it at the first call.  Thread-safe."""
     module = _modules.get(name)  # atomic
     if module is None:
         thread = threading.get_ident()
@@ -46,12 +46,12 @@ def import_extra(name: str, attribute: str, *, user: str, extra: str) -> Any:
     """Return the optional module *name*, which *user* needs and ``tinkex[extra]`` installs.
 
     Args:
-        attribute: a name that it must have; a folder of the same name has not.
+        attribute: a name that the module must have, and that a folder of the same name lacks.
 
     Raises:
-        ConfigError: it is not installed, or cannot be imported.
+        ConfigError: the module is not installed, or cannot be imported.
     """
-    from tinkex.errors import ConfigError  # a program that imports nothing has no need of it
+    from tinkex.errors import ConfigError  # not needed unless this is called
 
     hint = f'python -m pip install "tinkex[{extra}]"'
     try:
@@ -72,15 +72,15 @@ if TYPE_CHECKING:
 else:
 
     class _Numpy:
-        """numpy, imported when it is first used: ``from tinkex._runtime.late_import import np``.
+        """numpy, imported when first used: ``from tinkex._runtime.late_import import np``.
 
-        It is a third of what importing the clients takes in time and a quarter in memory, and a
+        numpy takes a third of the time and a quarter of the memory of importing the clients, and a
         program that only looks at runs and checkpoints never needs it.
         """
 
         def __getattr__(self, name: str) -> Any:
             value = getattr(import_late("numpy"), name)
-            setattr(self, name, value)  # from now on it is found like any attribute
+            setattr(self, name, value)  # from now on an ordinary attribute
             return value
 
     np = _Numpy()
@@ -89,17 +89,17 @@ else:
 def names_in_stub(
     spec: ModuleSpec,
 ) -> Tuple[List[str], Callable[[str], Any], Callable[[], List[str]]]:
-    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package, from its ``__init__.pyi``.
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package, read from ``__init__.pyi``.
 
-    So the names are listed once, in a form that type checkers read too.  The stub holds nothing
-    but absolute imports, ``from module import Name as Name``, each of which is carried out when
-    the name is first used; aliases, ``Name = Other``; and annotations, which are ignored.
+    This way the names are listed once, in a form that type checkers also read.  The stub holds only
+    absolute imports, ``from module import Name as Name``, each carried out when the name is first
+    used; aliases, ``Name = Other``; and annotations, which are ignored.
 
     Args:
         spec: the package's ``__spec__``.
     """
     package = sys.modules[spec.name]
-    # The loader reads from zip files, too.
+    # Use the loader, which also reads from zip files.
     path = os.path.join((spec.submodule_search_locations or [""])[0], "__init__.pyi")
     source: bytes = spec.loader.get_data(path)  # type: ignore[union-attr]
     homes: Dict[str, Tuple[str, str]] = {}  # public name -> module, and its name there
@@ -118,7 +118,7 @@ def names_in_stub(
             value = import_late(f"{module}.{attribute}")
         else:
             value = getattr(import_late(module), attribute)
-        setattr(package, name, value)  # from now on it is found without this function
+        setattr(package, name, value)  # from now on found without this function
         return value
 
     public = sorted(homes)
@@ -126,15 +126,15 @@ def names_in_stub(
 
 
 def _before_fork() -> None:
-    # Released in the parent and in the child after the fork: no import begins in between.
+    # Both the parent and the child release it after the fork: no import begins in between.
     _condition.acquire()
-    me = threading.get_ident()  # its own import goes on in the child, with the lock that it holds
+    me = threading.get_ident()  # its own import continues in the child, with its lock
     _condition.wait_for(lambda: not _importing.keys() - {me}, _MAX_FORK_WAIT_S)
 
 
 def _after_fork_in_child() -> None:
     me = threading.get_ident()
-    # Imports that took longer than the wait; their threads do not exist here.
+    # Drop imports that outlasted the wait: their threads do not exist here.
     for thread in _importing.keys() - {me}:
         del _importing[thread]
     _condition.release()

@@ -1,9 +1,9 @@
-"""Numbers and flags as callers have them, turned into Python's own.
+"""Numbers and flags as callers have them, converted to Python's own.
 
-Settings come out of numpy, pandas, torch, YAML and the environment.  Taken for an integer or a
-float are Python's numbers, whatever has ``__index__`` or ``__float__`` (the scalars of numpy),
-arrays and tensors without dimensions and, where *text* is true, strings such as ``"1e-4"``.  A
-float without a fraction is an integer, too: a row of a DataFrame holds nothing but floats.  A bool
+Settings come from numpy, pandas, torch, YAML and the environment.  Accepted as an integer or a
+float are Python's numbers, anything with ``__index__`` or ``__float__`` (such as numpy scalars),
+zero-dimensional arrays and tensors and, if *text* is true, strings such as ``"1e-4"``.  A float
+without a fraction is also accepted as an integer: a row of a DataFrame holds only floats.  A bool
 is never a number.
 """
 
@@ -23,7 +23,7 @@ _FLAGS = {
 
 
 def to_int(value: Any, *, text: bool = True) -> Any:
-    """Return *value* as an int; as it is if it does not stand for an integer."""
+    """Return *value* as an int, or unchanged if it does not stand for an integer."""
     if type(value) is int:
         return value
     number = _plain(value, text)
@@ -33,7 +33,7 @@ def to_int(value: Any, *, text: bool = True) -> Any:
 
 
 def to_float(value: Any, *, text: bool = True) -> Any:
-    """Return *value* as a float or an int; as it is if it does not stand for a number."""
+    """Return *value* as a float or an int, or unchanged if it does not stand for a number."""
     if type(value) is float or type(value) is int:
         return value
     number = _plain(value, text)
@@ -41,9 +41,9 @@ def to_float(value: Any, *, text: bool = True) -> Any:
 
 
 def to_bool(value: Any) -> Any:
-    """Return *value* as a bool; as it is if it does not stand for one.
+    """Return *value* as a bool, or unchanged if it does not stand for one.
 
-    Taken are bools, 0 and 1, numpy's bools, and words such as ``"true"`` and ``"off"``.
+    Accepted are bools, 0 and 1, numpy's bools, and words such as ``"true"`` and ``"off"``.
     """
     if type(value) is bool:
         return value
@@ -56,7 +56,7 @@ def to_bool(value: Any) -> Any:
 def convert_fields(
     instance: Any, *, ints: Iterable[str] = (), floats: Iterable[str] = (), text: bool = True
 ) -> None:
-    """Convert fields of a frozen dataclass in place; what is no number is left to its check."""
+    """Convert fields of a frozen dataclass in place.  Other values stay: the class checks them."""
     for name in ints:
         value = getattr(instance, name)
         if value is not None and type(value) is not int:
@@ -68,12 +68,12 @@ def convert_fields(
 
 
 def is_int(value: Any, least: float = -math.inf) -> bool:
-    """Whether *value* is an int, no bool, and at least *least*."""
+    """Return whether *value* is an int (not a bool) of at least *least*."""
     return type(value) is int and value >= least
 
 
 def is_finite(value: Any) -> bool:
-    """Whether *value* is an int or a float, no bool, and within the range of floats."""
+    """Return whether *value* is an int or a float (not a bool), and in the range of floats."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # an int of more than 1024 bits
@@ -93,8 +93,8 @@ def as_int(
     """Return *value* as an int from *least* to *most*.
 
     Raises:
-        InvalidInputError, or *error*: it is none; the message names *what*, and *otherwise*, which
-            values besides integers are taken.
+        InvalidInputError, or *error*: *value* is not; the message names *what*, and *otherwise*,
+            the other values that are accepted.
     """
     number = to_int(value, text=text)
     if is_int(number, least) and (most is None or number <= most):
@@ -108,7 +108,7 @@ def as_flag(what: str, value: Any) -> bool:
     """Return *value* as a bool.
 
     Raises:
-        InvalidInputError: it does not stand for one; the message names *what*.
+        InvalidInputError: *value* does not stand for a bool; the message names *what*.
     """
     flag = to_bool(value)
     if isinstance(flag, bool):
@@ -119,10 +119,10 @@ def as_flag(what: str, value: Any) -> bool:
 def as_seconds(
     what: str, value: Any, *, error: Type[TinkexError] = InvalidInputError
 ) -> Optional[float]:
-    """Return a timeout as a number of seconds; None, and infinity, is no limit.
+    """Return a timeout in seconds; None (also for infinity) means no limit.
 
     Raises:
-        InvalidInputError, or *error*: it is neither a number nor None.
+        InvalidInputError, or *error*: *value* is neither a number nor None.
     """
     number = to_float(value, text=False)
     if number is None or number == math.inf:
@@ -137,11 +137,11 @@ def as_seconds(
 
 
 def _plain(value: Any, text: bool) -> Any:
-    """Return *value* as an int or a float if it is a number, else as anything else."""
+    """Return *value* as an int or a float if it is a number, otherwise as something else."""
     if getattr(value, "shape", ()) != ():
         return value
     if hasattr(value, "item"):
-        value = value.item()  # a scalar of numpy, an array or a tensor
+        value = value.item()  # a numpy scalar, an array or a tensor
     if isinstance(value, (bool, complex)):
         return value
     try:
@@ -152,7 +152,7 @@ def _plain(value: Any, text: bool) -> Any:
         if hasattr(type(value), "__float__"):
             return float(value)
     except (TypeError, ValueError, OverflowError):
-        pass  # words, or more than a float can hold
+        pass  # not a number, or out of the range of floats
     return value
 
 

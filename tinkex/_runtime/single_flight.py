@@ -1,4 +1,4 @@
-"""SingleFlight: many threads need the same result; one works for it and the others wait."""
+"""SingleFlight: many threads need the same result; one computes it and the others wait."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tinkex.errors import ClientClosedError
 
 T = TypeVar("T")
 
-# A waiting thread checks this often, in seconds, whether its own client was closed: one cannot wait
-# for two Events, and the leader may belong to another client.
+# How often, in seconds, a waiting thread checks whether its own client was closed: a thread cannot
+# wait for two Events, and the leader may belong to another client.
 _CHECK_EVERY_S = 0.1
 
 
@@ -28,8 +28,8 @@ class _Flight(Generic[T]):
 class SingleFlight(Generic[T]):
     """Lets at most one thread at a time do a piece of work.  Thread-safe.
 
-    Threads that call meanwhile get the leader's value, or a copy of its error.  If the leader was
-    interrupted, or its own client was closed, one of the others leads instead.
+    Threads that call in the meantime get the leader's value, or a copy of its error.  If the leader
+    is interrupted, or its own client is closed, one of the other threads leads instead.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,20 @@ class SingleFlight(Generic[T]):
 
     @property
     def busy(self) -> bool:
-        """True while a thread does the work."""
+        """True while a thread is doing the work."""
         with self._lock:
             return self._flight is not None and not self._flight.landed.is_set()
 
     def run(self, work: Callable[[], T], closing: threading.Event) -> T:
-        """Return the outcome of *work*, done by this thread or by the one that came first.
+        """Return the result of *work*, done by this thread or by one that is already doing it.
 
-        Blocks.  Raises what *work* raises, and ClientClosedError once *closing* is set while it
-        waits for another thread.
+        Blocks.  Raises what *work* raises, or ClientClosedError if *closing* is set while it waits
+        for another thread.
         """
         while True:
             with self._lock:
                 flight = self._flight
-                # One that has finished cannot be shared: its result may be out of date.
+                # A flight that has landed cannot be shared: its result may be stale.
                 if flight is None or flight.landed.is_set():
                     mine = self._flight = _Flight()
                     break
@@ -67,12 +67,12 @@ class SingleFlight(Generic[T]):
         return self._lead(mine, work)
 
     def _lead(self, flight: _Flight[T], work: Callable[[], T]) -> T:
-        flight.abandoned = True  # until there is an outcome, also if Ctrl-C strikes
+        flight.abandoned = True  # until there is an outcome; stays True after Ctrl-C
         try:
             value = flight.value = work()
             flight.abandoned = False
             return value
-        except ClientClosedError:  # of this client alone: a thread of another one leads next
+        except ClientClosedError:  # concerns only this client: another client's thread leads next
             raise
         except Exception as error:
             flight.error = error
@@ -81,5 +81,5 @@ class SingleFlight(Generic[T]):
             # A new caller that still finds this flight sees that it has landed, and leads another.
             flight.landed.set()
             with self._lock:
-                if self._flight is flight:  # an error would keep its frames alive
+                if self._flight is flight:  # keeping an error would keep its frames alive
                     self._flight = None

@@ -1,1 +1,1 @@
-"""What becomes of a call on a sampling client."""
+"""The requests behind the calls of a sampling client."""

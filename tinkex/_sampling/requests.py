@@ -1,4 +1,4 @@
-"""A sampler of the server, and the requests that a sampling client makes of it."""
+"""A sampler on the server, and the requests that a sampling client sends to it."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Of a result that may take more bytes than this, the size is requested first.
+#: If a result may take more bytes than this, its size is requested first.
 _LARGE_BYTES = 1 << 20
-#: The number of tokens assumed where nothing limits them.
+#: The number of sampled tokens assumed if max_tokens does not limit it.
 _UNLIMITED = 32_768
 #: The seq_ids of clone n start at n times this (docs/protocol.md, "Clones").
 CLONE_BLOCK = 10**9
 
 
 class Sampler:
-    """One sampler of the server, as one client uses it, and the seq_ids of its requests.
+    """A sampler on the server, as one client uses it, with the seq_ids of that client's requests.
 
     Thread-safe.
 
     Attributes:
-        nan_warning: shown once, if its logprobs are NaN.
+        nan_warning: shown once, if logprobs of the sampler are NaN.
 
     Args:
-        clone: it is a second client of a sampler that another one made; its seq_ids are a block
-            of their own, known once the first request is sent.
+        clone: True if another client created the sampler.  The seq_ids are then in a block of
+            their own, which is known once the first request is sent.
     """
 
     def __init__(
@@ -69,26 +69,26 @@ class Sampler:
         self.nan_warning = NaNWarning(f"sampler {sampling_session_id}")
         # Shared by all workers: next() of a count is atomic.
         self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
-        self._clone = 0  # of a clone, once it has joined, its number
+        self._clone = 0  # the number of a clone, once it has joined
         self._joining: SingleFlight[Iterator[int]] = SingleFlight()
 
     @property
     def id(self) -> SamplerId:
-        """How the server names it; a clone's name is known once it has sent a request."""
+        """The sampler as the server names it; for a clone, known once it has sent a request."""
         return SamplerId(self.sampling_session_id, self._clone)
 
     def next_seq_id(self) -> int:
-        """The next seq_id; the first one of a clone may block.  Called by workers."""
+        """Return the next seq_id; for a clone, the first call may block.  Called by workers."""
         seq_ids = self._seq_ids
         if seq_ids is None:
             seq_ids = self._joining.run(self._join, self.transport.closing)
         return next(seq_ids)
 
     def _join(self) -> Iterator[int]:
-        # Another thread may have joined between our look at it and the start of this flight.
+        # Another thread may have joined after `next_seq_id` read _seq_ids and before this call.
         if self._seq_ids is None:
             self._clone = self._clone_id()
-            # Last: a thread that finds it set sends at once, and `id` must be complete by then.
+            # Set last: a thread that finds it set sends at once, and then needs the right `id`.
             self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
         return self._seq_ids
 
@@ -106,18 +106,18 @@ class Sampler:
                     f"join_sampling_session: the client_counter {joined.client_counter} is not the "
                     "number of a clone"
                 )
-        # The server does not number its clones: a random block is most likely unused by any other.
+        # The server does not number clones: most likely, no other clone uses a random block.
         return 1 + secrets.randbelow(CLONE_BLOCK)
 
 
 class SamplingRequest(PendingRequest[T]):
-    """One request of a sampler; subclasses choose what of the response is the result."""
+    """One request to a sampler; subclasses select the result from the response."""
 
     __slots__ = ("_request", "_reservation", "_sampler", "_sequence_ids")
 
     binary = True
     pause_grace_s = 0.0
-    #: The sequences matter; they do not where only the logprobs of the prompt are asked for.
+    #: Whether the sequences matter: they do not if only the logprobs of the prompt are wanted.
     wants_sequences = True
 
     def __init__(
@@ -137,13 +137,13 @@ class SamplingRequest(PendingRequest[T]):
         self._sequence_ids: Sequence[str] = ()
 
     def select(self, response: SampleResponse) -> T:
-        """Return what of *response* is the result."""
+        """Return the part of *response* that is the result."""
         raise NotImplementedError
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it under a new seq_id; blocks while too many bytes are being submitted."""
         sampler, request = self._sampler, self._request
-        assert channel is not None  # samples are always sent on a connection of the worker's own
+        assert channel is not None  # samples are always sent on the worker's own connection
         limits = sampler.limits
         nbytes = limits.sample_bytes(request.prompt.length)
         try:
@@ -151,7 +151,7 @@ class SamplingRequest(PendingRequest[T]):
                 accepted = api.asample(
                     sampler.transport,
                     sampling_session_id=sampler.sampling_session_id,
-                    # A new one also after a lost result: the old one would name the lost request
+                    # A new one even after a lost result: the old one would name the lost request
                     # (docs/protocol.md, "Sample requests").
                     seq_id=sampler.next_seq_id(),
                     request=request,
@@ -166,7 +166,7 @@ class SamplingRequest(PendingRequest[T]):
         return accepted
 
     def decode(self, reply: Reply) -> T:
-        """Read the result; the tokens it used are charged once the future is settled."""
+        """Read the result; the tokens used are charged once the future is settled."""
         request = self._request
         response = codec_for(reply.content_type).decode_samples(reply.body)
         sampled = sum(sequence.length for sequence in response.sequences)
@@ -180,16 +180,16 @@ class SamplingRequest(PendingRequest[T]):
         return self.select(response)
 
     def retry_after_loss(self) -> Optional[float]:
-        """As set by the client's RetryConfig, unless the server's flags forbid retries."""
+        """Follow the client's RetryConfig, unless the server's flags forbid retries."""
         sampler = self._sampler
         delay_s = sampler.retries.delay_s(self.losses, random.random())
-        # The flag is about `sample` alone (docs/protocol.md, "Static flags").
+        # The flag applies to `sample` only (docs/protocol.md, "Static flags").
         if delay_s is not None and self.wants_sequences:
             return None if flags_for(sampler.transport).sample_no_retries else delay_s
         return delay_s
 
     def sampler_id(self) -> SamplerId:
-        """The sampler; a clone's number is known once a request of it was sent."""
+        """Return the sampler; for a clone, known once it has sent a request."""
         return self._sampler.id
 
 
@@ -199,7 +199,7 @@ class PendingSample(SamplingRequest["SampleResponse"]):
     __slots__ = ()
 
     def select(self, response: SampleResponse) -> SampleResponse:
-        """The response as it is."""
+        """Return the response unchanged."""
         return response
 
 
@@ -211,7 +211,7 @@ class PendingLogprobs(SamplingRequest[List[Optional[float]]]):
     wants_sequences = False
 
     def select(self, response: SampleResponse) -> List[Optional[float]]:
-        """The logprobs of the prompt."""
+        """Return the logprobs of the prompt."""
         logprobs = response.prompt_logprobs
         if logprobs is None:
             raise ResponseDecodeError("compute_logprobs: the response has no prompt logprobs")
@@ -219,9 +219,9 @@ class PendingLogprobs(SamplingRequest[List[Optional[float]]]):
 
 
 def may_be_large(request: types.SampleRequest) -> bool:
-    """Whether the result may take so much memory that its size should be asked for first."""
+    """Return whether the result may be so large that its size should be requested first."""
     tokens = request.num_samples * (request.sampling_params.max_tokens or _UNLIMITED)
-    # Of each token and each alternative to it: an id and a logprob, of 4 bytes each.
+    # For each token and each alternative to it: an id and a logprob, of 4 bytes each.
     values = tokens * (2 + 2 * request.topk_sample_logprobs)
     wanted = request.topk_prompt_logprobs + request.prompt_alt_tokens_k
     if request.prompt_logprobs or wanted or request.target_prompt_logprobs is not None:

@@ -65,8 +65,8 @@ def _check_targets(targets: Any, length: int) -> None:
 def unsupported_by(
     error: UnprocessableEntityError, request: SampleRequest
 ) -> Optional[UnsupportedError]:
-    """What to raise for a refusal of options that an older server does not know; else None."""
-    # Pydantic's error for an unknown field: it names the field, and its kind.
+    """Return the error for options that an older server refuses; None if *error* is another."""
+    # Pydantic's error for an unknown field names the field and the kind of error.
     options = [
         field.name
         for field in dataclasses.fields(request)
@@ -84,10 +84,10 @@ def unsupported_by(
 
 
 def check_counts(response: SampleResponse, request: SampleRequest, *, sequences: bool) -> None:
-    """Raise ResponseDecodeError if *response* holds less, or more, than *request* asks for.
+    """Raise ResponseDecodeError if *response* has fewer or more items than *request* asks for.
 
     Args:
-        sequences: whether the sequences matter; they do not for prompt logprobs alone.
+        sequences: whether the sequences matter: they do not if only prompt logprobs are wanted.
     """
     found, asked = len(response.sequences), request.num_samples
     if sequences and found != asked:
@@ -96,12 +96,12 @@ def check_counts(response: SampleResponse, request: SampleRequest, *, sequences:
             f"num_samples is {asked}",
             hint="The result was damaged on its way, or the server is at fault.",
         )
-    # The first token has no logprob, so that a prompt of one token may come back without any.
+    # The first token has no logprob, so a prompt of one token may come back without any.
     length = request.prompt.length
     if request.prompt_logprobs and length > 1 and response.prompt_logprobs_np is None:
         raise ResponseDecodeError(
-            f"the server returned no prompt logprobs, which were asked for, of {length} prompt "
-            "tokens"
+            f"the server returned no prompt logprobs for the {length} prompt tokens, although they "
+            "were requested"
         )
 
 
@@ -110,19 +110,18 @@ def complete_response(
 ) -> SampleResponse:
     """Return *response* in the form that callers see from every server.
 
-    There is one row of prompt logprobs per prompt token; sequences have the *sequence_ids*, those
-    of the response to the submission (some servers send none).
+    It then has one row of prompt logprobs per prompt token, and its sequences have the
+    *sequence_ids* from the response to the submission (some servers send none).
 
     Raises:
-        UnsupportedError: the server ignored what it is too old to know.
-        ResponseDecodeError: the rows do not fit the prompt.
+        UnsupportedError: the server ignored an option that it is too old to know.
+        ResponseDecodeError: the number of rows does not fit the prompt.
     """
     length = request.prompt.length
     last_n = request.prompt_logprobs_last_n
     logprobs = response.prompt_logprobs_np
     # Servers send last_n values, or all of them with the others null (docs/protocol.md, "Sample
-    # results").
-    # Padded first: `align_prompt_logprobs` accepts n or n - 1 rows only.
+    # results").  Pad them first: `align_prompt_logprobs` accepts only n or n - 1 rows.
     if last_n is not None and logprobs is not None and len(logprobs) == last_n:
         padded = np.concatenate([np.full(length - last_n, np.nan, np.float32), logprobs])
         response = dataclasses.replace(response, prompt_logprobs_np=padded)
@@ -141,15 +140,16 @@ def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> Sampl
     Raises:
         ResponseDecodeError: for n prompt tokens, there are neither n nor n - 1 rows.
     """
-    # Some servers send n values, some n - 1, because the first token has no context.  Not in the
-    # codecs, which do not know n.
+    # Some servers send n values, some n - 1, because the first token has no context.  The codecs
+    # cannot align them, because they do not know n.
     logprobs, topk = response.prompt_logprobs_np, response.topk_prompt_logprobs_np
     if logprobs is None and topk is None:
         return response
     if logprobs is not None:
         missing = _missing_rows("prompt_logprobs", len(logprobs), prompt_length)
         logprobs = np.concatenate([np.full(missing, np.nan, np.float32), logprobs])
-        # Some servers send a number here (docs/servers.md). The array is a copy, so it may change.
+        # Some servers send a number for the first token (docs/servers.md).  The array is a copy, so
+        # it may be changed.
         logprobs[:1] = np.nan
     if topk is not None:
         missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
@@ -202,7 +202,7 @@ def _check_support(response: SampleResponse, request: SampleRequest) -> None:
 
 
 def has_unknown_logprobs(response: SampleResponse, request: SampleRequest) -> bool:
-    """True if a logprob is NaN where there should be a number."""
+    """Return whether a logprob is NaN that should be a number."""
     prompt = response.prompt_logprobs_np
     if prompt is not None:
         # NaN is right for the first token, and before the last n.

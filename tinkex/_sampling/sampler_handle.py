@@ -20,7 +20,7 @@ from tinkex.errors import CredentialError, InvalidInputError, a_type
 
 logger = logging.getLogger(__name__)
 
-#: The settings in a handle: nothing that may hold a secret or a path.
+#: The settings in a handle: none that may contain a secret or a path.
 _SETTINGS = (
     "base_url",
     "wire",
@@ -43,7 +43,7 @@ class SamplerHandle(NamedTuple):
 
 
 def write_handle(facts: SamplerHandle, config: Config, *, include_api_key: bool) -> str:
-    """Return the handle."""
+    """Return the handle as text."""
     settings = {name: getattr(config, name) for name in _SETTINGS}
     if include_api_key:
         settings["api_key"] = config.api_key
@@ -52,7 +52,7 @@ def write_handle(facts: SamplerHandle, config: Config, *, include_api_key: bool)
 
 
 def read_handle(handle: str) -> Tuple[SamplerHandle, Dict[str, Any]]:
-    """Return what is in a handle, and the settings; any other setting in it is ignored.
+    """Return the sampler and the settings in a handle; settings outside _SETTINGS are ignored.
 
     Raises:
         InvalidInputError: *handle* is not a sampler handle.
@@ -69,7 +69,7 @@ def read_handle(handle: str) -> Tuple[SamplerHandle, Dict[str, Any]]:
         found = dict(state["settings"])
         settings = {name: found[name] for name in _SETTINGS if name in found}
         settings["base_url"] = _text(settings["base_url"])
-        # Not one of _SETTINGS: it is in a handle only if its writer asked for that.
+        # Not one of _SETTINGS: a handle contains the key only if its writer asked for that.
         settings["api_key"] = _optional_text(found.get("api_key"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInputError(f"this is not a sampler handle: {error}") from error
@@ -79,33 +79,34 @@ def read_handle(handle: str) -> Tuple[SamplerHandle, Dict[str, Any]]:
 def config_of_handle(settings: Dict[str, Any], *, trusted: bool = False) -> Config:
     """Resolve the settings of a handle into those of a client in this process.
 
-    The credentials of this process are used if the server is its own (``TINKER_BASE_URL``, else the
-    hosted service), or if *trusted*.
+    This process's credentials are used only if the handle names this process's own server
+    (``TINKER_BASE_URL``, or else the hosted service), or if it is *trusted*.
 
     Raises:
         ConfigError: a setting is out of its range.
     """
-    # From a pickle, where withholding the key protects nothing: loading one can run any code.
+    # A trusted handle is from a pickle; withholding the key would protect nothing, since loading a
+    # pickle can run any code.
     if trusted:
         return Config.resolve(**settings)
     own = own_base_url()
     if not _same_server(settings["base_url"], own):
         return Config.resolve(own_credentials=False, **settings)
-    # With this process's own URL: another parser of URLs might find another host in the handle's,
-    # and the key would be sent there.
+    # Use this process's own URL: another URL parser might find a different host in the handle's
+    # URL, and the key would be sent there.
     return Config.resolve(**{**settings, "base_url": own})
 
 
 def warn_of_withheld_key(config: Config) -> None:
-    """Log a warning if this process has a key that is not sent to the server of a handle."""
+    """Log a warning if this process has a key that is not sent to a handle's server."""
     if config.api_key is not None or _same_server(config.base_url, own_base_url()):
         return
-    from tinkex.auth import tinker_has_credentials  # brings dataclasses-json along
+    from tinkex.auth import tinker_has_credentials  # imports dataclasses-json
 
     try:
         withheld = tinker_has_credentials()
     except CredentialError:
-        return  # there is no key that could be withheld
+        return  # there is no key to withhold
     if withheld:
         logger.warning(
             "the sampler handle names %s, which is not the server of this process: the API key of "
@@ -124,7 +125,7 @@ def _same_server(one: str, other: str) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{a_type(value)} where it must have text")
+        raise TypeError(f"it has {a_type(value)} instead of a text")
     return value
 
 

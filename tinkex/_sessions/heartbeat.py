@@ -1,9 +1,10 @@
 """HeartbeatThread: sends the heartbeats of the sessions in a registry.
 
-``tinkex-heartbeat`` decides whose beat is due, and sends it itself while there is only one
-session.  With several, at most eight ``tinkex-heartbeat-worker-i`` send.  It runs from the first
-session to the last, and others talk to it through the inbox of the registry.  It knows the
-registry, never the manager, so that a forgotten manager can be collected.
+The thread ``tinkex-heartbeat`` decides which session's beat is due, and sends it itself while there
+is only one session.  With several sessions, up to eight threads ``tinkex-heartbeat-worker-i`` send
+the beats.  The heartbeat thread runs from the first session to the last; other threads send it
+messages through the registry's inbox.  It refers to the registry, never to the manager, so that a
+forgotten manager can be garbage-collected.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: If wall and monotonic clock drift apart by this much between two iterations, in seconds, the
-#: machine slept; connections that were idle for that long may be dead.
+#: If the wall clock and the monotonic clock drift apart by more than this between two iterations,
+#: in seconds, the machine slept; connections that were idle for that long may be dead.
 SLEEP_JUMP_S = 5.0
-#: A thread woken later than this is worth a warning: something held the interpreter.
+#: Waking up later than this, in seconds, is worth a warning: something held the interpreter.
 LATE_S = 2.0
-#: The longest sleep: a sleeping machine is noticed between two, and waits have an upper limit.
+#: The longest sleep of the thread, in seconds: it must wake now and then to notice that the machine
+#: slept, and systems limit how long a wait may be.
 MAX_SLEEP_S = 60.0
 
 #: Called as ``on_removed(session_id, reason)``, outside every lock, when a session is lost.
@@ -55,13 +57,13 @@ class HeartbeatThread:
 
     Args:
         registry: the sessions.
-        session_workers: finish the sessions whose owners were collected.
-        clock: what everything waits by.
+        session_workers: threads that finish the sessions whose owners were collected.
+        clock: the source of time.
         on_removed: called when a session is lost.
-        status_file: kept up to date, for other processes; None for none.
+        status_file: kept up to date for other processes to read; None writes no file.
 
     Attributes:
-        workers: send beats when there are several sessions.
+        workers: threads that send beats when there are several sessions.
     """
 
     def __init__(
@@ -79,11 +81,11 @@ class HeartbeatThread:
         self._session_workers = session_workers
         self._clock = clock
         self._begin_watch()
-        # Guards what follows.  Taken before the registry's own lock; never held during I/O.
+        # Guards the attributes below.  Taken before the registry's own lock; never held during I/O.
         self._lock = threading.Lock()
         self.workers = _new_workers()
-        self._thread: Optional[threading.Thread] = None  # in charge
-        self._leaving: Optional[threading.Thread] = None  # the last one that found no session left
+        self._thread: Optional[threading.Thread] = None  # the thread in charge
+        self._leaving: Optional[threading.Thread] = None  # the last thread to find no session left
         self._sending_inline = False
 
     def wake(self) -> None:
@@ -91,19 +93,19 @@ class HeartbeatThread:
         self.inbox.put(Wake())
 
     def ensure_running(self) -> None:
-        """Start the thread unless it runs; to be called after a session was added.
+        """Start the thread unless it is running.  Call this after adding a session.
 
         Raises:
-            ClientClosedError: no thread can be started.
+            ClientClosedError: the thread cannot be started.
         """
         with self._lock:
             in_charge = self._thread is not None and self._thread.is_alive()
-            # A thread that is sending for the only session so far may hang in that, so another
-            # takes over.
+            # A thread that is sending the beat of what was the only session may hang in that
+            # request, so a new thread takes over.
             if not in_charge or self._sending_inline:
                 thread = self._new_thread()
-                # With the lock held: the new thread waits for it, and if it cannot be started, the
-                # old one stays in charge.
+                # Start it with the lock held: the new thread waits for the lock, and if it cannot
+                # be started, the old one stays in charge.
                 try:
                     thread.start()
                 except RuntimeError as error:  # interpreter shutdown, or too many threads
@@ -116,22 +118,22 @@ class HeartbeatThread:
         return threading.Thread(target=self._run, name="tinkex-heartbeat", daemon=True)
 
     def finish_all(self, status: str, detail: Optional[str], timeout_s: float) -> None:
-        """End every session, within about *timeout_s*; starts no thread.
+        """End every session within about *timeout_s*, without starting a thread.
 
-        This thread and the workers that are idle send the requests.
+        The calling thread and the idle workers send the requests.
         """
         records = self._registry.remove_all()
         with self._lock:
             workers = self.workers
         finishing = FinishRound(records, status, detail, self._clock, timeout_s)
-        # Before the heartbeat thread wakes, finds nothing left to do and lets the workers go.
+        # Before `wake`, because the heartbeat thread finds no session left and ends the workers.
         workers.submit_to_idle(finishing.run, len(records) - 1)
         self.wake()
         finishing.run()
         finishing.wait_for_others()
 
     def close(self) -> None:
-        """Let the workers end.  The thread ends when there is no session left."""
+        """Have the workers end.  The thread ends by itself when no session is left."""
         with self._lock:
             workers = self.workers
         workers.close()
@@ -146,7 +148,7 @@ class HeartbeatThread:
         workers.join(deadline)
 
     def _run(self) -> None:
-        """Iterate until the last session has ended, or another thread has taken over."""
+        """Iterate until no session is left, or another thread has taken over."""
         self._begin_watch()
         while True:
             try:
@@ -158,28 +160,28 @@ class HeartbeatThread:
                 time.sleep(0.1)  # an error that repeats must not become a busy loop
 
     def run_once(self) -> bool:
-        """Sleep until a beat is due or a message comes, and handle it.  False after the last."""
+        """Sleep until a beat is due or a message arrives, and handle it.  False ends the thread."""
         with self._lock:
-            # Replaced while it was sending?  Then it must not take a message from the inbox.
+            # A thread that was replaced while it was sending must not take a message.
             if self._thread is not threading.current_thread():
                 return False
         late_s = self._sleep()
-        # The monotonic clock stands still while the machine sleeps, so that nothing is due after
-        # it; the wall clock shows that time has passed for the server.
+        # The monotonic clock stands still while the machine sleeps, so no beat is due afterwards;
+        # the wall clock shows that time has passed for the server.
         jump_s = self._clock_jump()
         slept = abs(jump_s) > SLEEP_JUMP_S
         if self._leave_if_idle():
             return False
         self._report_delay(jump_s if slept else 0.0, late_s)
-        # Idle connections were closed meanwhile, by the server or a router: a beat on one of them
-        # would run into its timeout.
+        # The server or a router has probably closed idle connections by now: a beat on one of them
+        # would time out.
         if slept or late_s > SLEEP_JUMP_S:
             for record in self._registry.records():
                 record.link.drop_idle()
         run_deferred()
         with self._lock:
-            # In one step with the decision which thread sends: a session that is added after this
-            # gets another thread, since this one may hang.
+            # Atomic with the decision on which thread sends: if a session is added after this,
+            # another thread is started for it, since this one may hang.
             now = self._clock.monotonic()
             due, alone = self._registry.queue_due_beats(now, all_sessions=slept)
             self._sending_inline = alone and due > 0
@@ -192,9 +194,9 @@ class HeartbeatThread:
         return True
 
     def _leave_if_idle(self) -> bool:
-        """True if there is no session left, and this thread is no longer in charge."""
+        """If no session is left, step down as the thread in charge and return True."""
         with self._lock:
-            # In one step: a session added after this finds no thread in charge, and starts one.
+            # Atomic: `ensure_running` for a session added later finds no thread and starts one.
             if len(self._registry):
                 return False
             self._leaving, self._thread = self._thread, None
@@ -205,9 +207,9 @@ class HeartbeatThread:
         return True
 
     def _sleep(self) -> float:
-        """Wait for a message, a beat or the status file to be due; handle the message.
+        """Wait until a message arrives, or a beat or the status file is due; handle the message.
 
-        Returns how much later than wanted the thread was woken, in seconds.
+        Returns how many seconds too late the thread woke up.
         """
         due = self._registry.next_due()
         if due is not None and self._status_file is not None:
@@ -226,16 +228,16 @@ class HeartbeatThread:
         return 0.0
 
     def _finish_unowned(self, message: OwnerCollected) -> None:
-        """End a session if the owner that was collected was its last."""
+        """End a session if the collected owner was its last."""
         record = self._registry.remove_owner(message.session_id, message.token)
         if record is None:
             return
-        # By another thread, since this one must not wait for a server that hangs.
+        # In another thread, since this one must not wait for a server that hangs.
         try:
             self._session_workers.submit(
                 functools.partial(self._finish_dropped, record, UNHURRIED_FINISH_S)
             )
-        except ClientClosedError:  # the manager is being closed, and waits for this thread
+        except ClientClosedError:  # the manager is being closed and waits for this thread
             self._finish_dropped(record, FINISH_S)
 
     def _finish_dropped(self, record: SessionRecord, timeout_s: float) -> None:
@@ -245,14 +247,14 @@ class HeartbeatThread:
             self._registry.forget_ending(record)
 
     def _begin_watch(self) -> None:
-        """Take the clocks as they are: a jump while no thread ran has delayed no heartbeat."""
+        """Watch for clock jumps from now on: one while no thread ran has delayed no heartbeat."""
         self._warned_late = False
         # How far the wall clock is ahead of the monotonic one, which stands still while the
         # machine sleeps.
         self._wall_lead_s = self._clock.wall() - self._clock.monotonic()
 
     def _clock_jump(self) -> float:
-        """Seconds the wall clock has gained on the monotonic one since the last call."""
+        """Return by how many seconds the clocks have drifted apart since the last call."""
         jump_s = self._clock.wall() - self._clock.monotonic() - self._wall_lead_s
         self._wall_lead_s += jump_s
         return jump_s
@@ -271,8 +273,8 @@ class HeartbeatThread:
             )
 
     def _send(self, due: int, *, inline: bool) -> None:
-        """Have the *due* queued beats sent, by this thread or by the workers."""
-        # With a single session a hung server delays no other beat, and no worker is needed.
+        """Send the *due* queued beats, in this thread or through the workers."""
+        # With a single session, a hung server delays no other beat, so no worker is needed.
         if inline:
             self._send_queued()
             return
@@ -284,7 +286,7 @@ class HeartbeatThread:
                 self._send_queued()
 
     def _send_queued(self) -> None:
-        """Send queued beats while there are any that may be sent.  Survives everything."""
+        """Send queued beats until there is none that may be sent.  Survives every error."""
         while True:
             beat = self._registry.next_beat()
             if beat is None:
@@ -296,10 +298,10 @@ class HeartbeatThread:
                 status = record.link.beat(record.session_id)
             except TinkexError as failure:
                 error = failure.message
-            except Exception as failure:  # a bug of ours must not end the session either
+            except Exception as failure:  # a bug of ours must not end the session
                 error = repr(failure)
                 logger.debug("heartbeat of session %s failed", record.session_id, exc_info=True)
-            # Any status, also an error, shows that the host responds.
+            # Any status, even an error, shows that the host responds.
             self._registry.beat_ended(beat, responded=status is not None)
             self.record_heartbeat_reply(record, status, error)
 
@@ -314,7 +316,7 @@ class HeartbeatThread:
         if verdict.removed:
             self._removed(record, verdict.reason)
         elif verdict.confirm:
-            self.wake()  # the next beat is due earlier than it was
+            self.wake()  # the next beat is now due earlier
 
     def _removed(self, record: SessionRecord, reason: str) -> None:
         record.link.abort()
@@ -322,7 +324,7 @@ class HeartbeatThread:
         if self.on_removed is not None:
             try:
                 self.on_removed(record.session_id, reason)
-            except BaseException:  # SystemExit too would end the thread that beats for the others
+            except BaseException:  # even SystemExit must not end the thread: others need its beats
                 logger.exception("the removal callback of session %s failed", record.session_id)
 
 
@@ -331,10 +333,10 @@ def _new_workers() -> WorkerPool:
 
 
 def _log_verdict(record: SessionRecord, verdict: Verdict) -> None:
-    """Log what a verdict means for the user; silence is the normal case."""
+    """Log what a verdict means for the user; usually, that is nothing."""
     session_id = record.session_id
-    # A session that just ended is no reason to warn.  But if the very first beat gets a 404, its
-    # path is probably wrong, and nothing else would show that no session is kept alive.
+    # A session that has ended is no reason to warn.  But if its very first beat gets a 404, the
+    # URL is probably wrong, and nothing else would show that the session is not kept alive.
     if verdict.kind == "gone" and verdict.first_beat and verdict.status == 404 and record.owned:
         logger.warning(
             "the very first heartbeat of session %s got 'not found' from %s: is base_url right, "

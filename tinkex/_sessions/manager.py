@@ -1,11 +1,11 @@
 """SessionManager: creates server sessions, keeps them alive, and ends them.
 
-It is a SessionRegistry and a HeartbeatThread, and the sessions' beginning and end.
+It combines a SessionRegistry and a HeartbeatThread, and adds the start and the end of sessions.
 
-Threads, all daemons: ``tinkex-heartbeat`` and its workers (see heartbeat.py), from the first
-session to the last; ``tinkex-session-i`` create sessions, so that a caller can give up at any time
-and a session that arrives late is ended, and end forgotten ones; ``tinkex-status-file`` writes
-the status file (see process_status.py).
+Threads, all daemons: ``tinkex-heartbeat`` and its workers (see heartbeat.py) run from the first
+session to the last.  ``tinkex-session-i`` create sessions, so that a caller can give up at any time
+and a session that arrives late is ended; they also end sessions whose owners were collected.
+``tinkex-status-file`` writes the status file (see process_status.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Beyond startup_timeout_s, for the last attempt's own connection time.
+#: Seconds added to startup_timeout_s, to give the last attempt time to connect.
 _GRACE_S = 3.0
 
 #: close waits this long for threads once all connections are closed, in seconds.
@@ -47,14 +47,14 @@ _LINGER_S = 1.0
 
 
 class SessionManager:
-    """Keeps any number of sessions alive, of any number of servers.  Thread-safe.
+    """Keeps any number of sessions alive, on any number of servers.  Thread-safe.
 
     Args:
         on_removed: called as ``on_removed(session_id, reason)`` when a session is lost (not when
             it is stopped), in a heartbeat thread, outside every lock.
         clock, rand, open_link: for tests.
-        find_work: the work of the sessions; their status is then written to a file, see
-            `tinkex._sessions.process_status`.
+        find_work: returns the sessions' work.  If it is given, their status is written to a file:
+            see `tinkex._sessions.process_status`.
     """
 
     def __init__(
@@ -77,23 +77,23 @@ class SessionManager:
     def start_session(self, config: Config, *, owner: Optional[object] = None) -> str:
         """Create a session on the server of *config*, keep it alive, and return its id.
 
-        Blocks until the server responds, for at most ``startup_timeout_s`` and a little.  A call
-        that is interrupted or times out leaves nothing behind: a session that arrives late is
+        Blocks until the server responds, for at most slightly more than ``startup_timeout_s``.  A
+        call that is interrupted or times out leaves nothing behind: a session that arrives late is
         ended.
 
         Args:
             config: the server, and the session's labels.
-            owner: the session is stopped when this object is collected.
+            owner: the session is stopped when this object is garbage-collected.
 
         Raises:
-            APIError: the server refused or cannot be reached; the message names it.
+            APIError: the server refused, or cannot be reached; the message names the server.
             ClientClosedError: the manager was closed.
         """
-        if self._registry.closed:  # before the server creates a session that could not be kept
+        if self._registry.closed:  # check before the server creates a session we could not keep
             raise closed_error()
         creation = _Creation(config, self._open_link(config))
-        # On a thread of its own: Ctrl-C and the timeout can end the wait at any time, and a server
-        # that hangs delays no heartbeat.
+        # In another thread, so that Ctrl-C and the timeout can end the wait at any time, and a
+        # server that hangs delays no heartbeat.
         try:
             self._session_workers.submit(creation.run)
             created = creation.wait()
@@ -116,7 +116,8 @@ class SessionManager:
     ) -> None:
         """Keep alive a session that another process opened; stopping it does not finish it.
 
-        Adopted again, it lives until the last *owner* is collected.  Does not block.
+        If it is adopted more than once, it is kept alive until the last *owner* is collected.  Does
+        not block.
 
         Raises:
             ClientClosedError: the manager was closed.
@@ -132,32 +133,32 @@ class SessionManager:
         *,
         timeout_s: float = 5.0,
     ) -> None:
-        """Stop beating and tell the server that the session is over.
+        """Stop the heartbeats and tell the server that the session is over.
 
         Idempotent; never raises; takes at most about *timeout_s*.  A beat in flight can
         neither revive the session nor log anything more.
         """
-        # First: a beat in flight whose response comes now finds no session to revive or report.
+        # First: when a beat in flight gets its response, there is no session to revive or report.
         record = self._registry.remove(session_id)
-        self._heartbeat.wake()  # it ends if that was the last session
+        self._heartbeat.wake()  # the thread ends if that was the last session
         if record is not None:
             record.finish(status, detail, timeout_s)
 
     def snapshot(self) -> List[SessionSnapshot]:
-        """What is known of each live session; holds no secret."""
+        """Return what is known about each live session; contains no secrets."""
         return self._registry.snapshots()
 
     def mark_lost(self, session_id: str, status: int) -> None:
-        """Note that the server responded with *status* (404 or 410) to a heartbeat sent by others.
+        """Note that a heartbeat sent elsewhere got the response *status* (404 or 410).
 
-        Does nothing for a session that is not kept alive any more.
+        Does nothing for a session that is no longer kept alive.
         """
         record = self._registry.get(session_id)
         if record is not None:
             self._heartbeat.record_heartbeat_reply(record, status)
 
     def lost_reason(self, session_id: str) -> Optional[str]:
-        """Why a session of this manager was lost, in words; None if it was not."""
+        """Return why a session of this manager was lost, in words; None if it was not lost."""
         return self._registry.lost_reason(session_id)
 
     def close(
@@ -169,16 +170,16 @@ class SessionManager:
         expire, so a hung host costs one wait of two seconds.
         """
         deadline = time.monotonic() + timeout_s
-        # In this order: no session can be added, then all that there are end.
+        # The order matters: first let no session be added, then end all that exist.
         self._registry.close()
         self._heartbeat.finish_all(status, detail, timeout_s)
         if self._status_file is not None:
-            self._status_file.update()  # there is no session left: its thread removes it and ends
+            self._status_file.update()  # no session is left: its thread removes the file and ends
         self._heartbeat.close()
-        self._session_workers.drain()  # the ends of dropped sessions may still be queued
-        # All connections are closed but those that report the ends of dropped sessions.  What else
-        # does not end right away is connecting, or creating a session that no caller waits for any
-        # more and that is ended when it arrives.
+        self._session_workers.drain()  # requests to finish dropped sessions may still be queued
+        # All connections are closed, except those that finish dropped sessions.  Any other thread
+        # that does not end right away is connecting, or is creating a session that no caller waits
+        # for any more; that session is ended when it arrives.
         now = time.monotonic()
         deadline = min(max(deadline, now + 0.2), now + _LINGER_S)
         self._heartbeat.join(deadline)
@@ -198,7 +199,7 @@ class SessionManager:
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the child starts without sessions; the parent's live on."""
-        # New locks and queues: a thread that does not exist here may have held the old ones.
+        # New locks and queues: the old ones may be held by a thread that does not exist here.
         self._finalizer.detach()
         self._start_over()
         lifecycle.track(self)
@@ -210,32 +211,32 @@ class SessionManager:
         self.close("success" if exc_type is None else "errored")
 
     def _start_over(self) -> None:
-        """Begin without sessions and threads."""
+        """Set everything up, without sessions or threads."""
         self._registry = SessionRegistry(self._clock)
-        # Its threads leave as soon as they are idle: programs create few sessions.
+        # Its threads end soon after they become idle: programs create few sessions.
         self._session_workers = WorkerPool("tinkex-session", 64, idle_s=0.05)
         work = self._find_work
         self._status_file = None if work is None else StatusFile(self._registry, self._clock, work)
         self._heartbeat = HeartbeatThread(
             self._registry, self._session_workers, self._clock, self._on_removed, self._status_file
         )
-        # Put into the inbox, since the thread refers to the registry and never to the manager.
+        # A message, since the heartbeat thread refers to the registry and never to the manager.
         self._finalizer = weakref.finalize(self, self._registry.inbox.put, ManagerDropped())
         self._finalizer.atexit = False  # close_at_exit does that
 
     def _register(self, record: SessionRecord, config: Config, owner: Optional[object]) -> None:
-        """Add a session, and make sure that a thread beats it; end it if that fails."""
+        """Add a session and make sure that the heartbeats run; end the session if that fails."""
         try:
             used = self._registry.add(record, HeartbeatPolicy.of(config), self._rand(), owner)
             self._heartbeat.ensure_running()
         except BaseException:  # Ctrl-C too
             if self._registry.remove_record(record):
                 record.finish("interrupted", None, FINISH_S)
-            else:  # the id of another session: that one goes on
+            else:  # the id belongs to another session, which goes on
                 record.link.abort()
             raise
         if used is not record:
-            record.link.abort()  # the one in use serves for both
+            record.link.abort()  # the record in use serves both owners
 
 
 class _Creation:
@@ -244,12 +245,12 @@ class _Creation:
     def __init__(self, config: Config, link: HTTPLink) -> None:
         self._config = config
         self._link = link
-        # Decides between a session that arrives and a caller that gives up: whichever is first
-        # sets the future or cancels it.
+        # Settles the race between a session that arrives, which sets the future, and a caller that
+        # gives up, which cancels it: the first one wins.
         self._arrival: Future[CreateSessionResponse] = Future()
 
     def record(self, created: CreateSessionResponse) -> SessionRecord:
-        """What the manager keeps for the session that was created."""
+        """Return the record that the manager keeps of the created session."""
         return SessionRecord(created.session_id, self._link, self._config)
 
     def run(self) -> None:
@@ -259,7 +260,7 @@ class _Creation:
             return
         try:
             created = self._link.create()
-        except BaseException as error:  # the caller waits for it: none may be lost
+        except BaseException as error:  # the caller is waiting: it must get every error
             self._link.abort()
             try:
                 self._arrival.set_exception(error)
@@ -275,11 +276,11 @@ class _Creation:
             self.record(created).finish("interrupted", None, FINISH_S)
 
     def wait(self) -> CreateSessionResponse:
-        """Wait for the session, for at most ``startup_timeout_s`` and a little.
+        """Wait for the session, for at most slightly more than ``startup_timeout_s``.
 
         Raises:
-            APITimeoutError: it has not arrived.
-            APIError: it could not be created.
+            APITimeoutError: the session has not arrived in time.
+            APIError: the session could not be created.
         """
         config = self._config
         try:
@@ -295,9 +296,9 @@ class _Creation:
             ) from None
 
     def give_up(self) -> None:
-        """Stop waiting; a session that has arrived already is ended now."""
-        # Begins no further attempt, but does not abort: the server may be creating the session at
-        # this moment, and only the response holds the id by which it can be ended.
+        """Stop waiting; if the session has already arrived, end it."""
+        # Start no further attempt, but do not abort this one: the server may be creating the
+        # session right now, and only the response contains the id needed to end it.
         self._link.give_up()
         if self._arrival.cancel() or self._arrival.exception() is not None:
             return
@@ -309,14 +310,14 @@ _default: Optional[SessionManager] = None
 
 
 def default_manager() -> SessionManager:
-    """The manager all clients of the process share, so that there is one heartbeat thread."""
+    """Return the manager that all clients of the process share: there is one heartbeat thread."""
     global _default
     with lifecycle.module_lock():
         manager = _default
     if manager is None:
-        from tinkex._sessions.runtime import work_in_flight  # runtimes are above managers
+        from tinkex._sessions.runtime import work_in_flight  # runtimes depend on managers
 
-        # Outside the lock, which tracking takes too.
+        # Outside the lock, which `lifecycle.track` takes too.
         manager = SessionManager(find_work=work_in_flight)
         with lifecycle.module_lock():
             manager = _default = _default or manager

@@ -1,14 +1,14 @@
-"""What the clients of this process have in flight, in a small file that ``tinkex status`` reads.
+"""The status file: what this process has in flight, for ``tinkex status`` to read.
 
-A StatusFile belongs to the default SessionManager.  It is written a second after the first session
-came, when others come or go, and every ten seconds: a few hundred bytes in the user's runtime
-folder, never in the home folder, which may be slow or read-only.  It is removed with the last
-session.  That of a process that was killed stays, and is recognized by its process id and start
-time.  If it cannot be written, that is logged at DEBUG; if the environment variable
-``TINKEX_NO_STATUS_FILE`` is set, none is written.
+A StatusFile belongs to the default SessionManager.  The file is first written a second after the
+first session was opened, and then whenever sessions come or go, and every ten seconds.  It takes a
+few hundred bytes in the user's runtime folder, never in the home folder, which may be slow or
+read-only.  It is removed with the last session.  A killed process leaves its file behind; readers
+recognize it by the process id and start time.  Failures to write are logged at DEBUG; if the
+environment variable ``TINKEX_NO_STATUS_FILE`` is set, nothing is written.
 
-A thread of its own, ``tinkex-status-file``, writes and removes it, from that second on until the
-last session has ended: a disk may hang, and must delay neither heartbeats nor a close.
+A dedicated thread, ``tinkex-status-file``, writes and removes the file, because a disk may hang and
+must delay neither heartbeats nor a close.  It runs from the first write to the last session's end.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds from the first session to the first writing.  Short scripts need no file, and a thread
-#: that is busy while the main one begins a wait makes it likelier that Python loses a Ctrl-C: a
-#: signal that comes between the last check and the wait is handled when the wait ends.
+#: Seconds from the first session to the first write.  Short scripts need no file; and if a thread
+#: is busy while the main thread begins a wait, Python is more likely to delay a Ctrl-C: a signal
+#: that arrives between the last check and the wait is handled only when the wait ends.
 FIRST_S = 1.0
 
-#: Seconds between two writings, unless sessions come or go.
+#: Seconds between two writes, unless sessions come or go.
 INTERVAL_S = 10.0
 
 OFF_VARIABLE = "TINKEX_NO_STATUS_FILE"
 
-#: On Windows, where a process cannot be looked up by its id, it counts as dead after this long.
+#: On Windows, where a process cannot be looked up by its id, a process counts as dead if it has not
+#: written its file for this many seconds.
 _SILENT_S = 120.0
 
-#: Returns the unsettled futures of each session, by its id.
+#: Returns the unsettled futures of each session, by session id.
 FindWork = Callable[[], Mapping[str, Sequence["APIFuture[Any]"]]]
 
 
@@ -59,11 +60,11 @@ class SessionStatus:
 
     Attributes:
         server: its host and port.
-        last_success_at: of its heartbeats, or of its creation.
-        failures: heartbeats that have failed since then.
-        last_error: why the last of them failed.
-        in_flight: operations that were sent and are not done, by their kind.
-        queued: operations that wait to be sent.
+        last_success_at: when a heartbeat last succeeded, or else when the session was created.
+        failures: number of heartbeats that have failed since then.
+        last_error: why the last heartbeat failed, if it did.
+        in_flight: number of operations that were sent and are not done, by kind.
+        queued: number of operations that wait to be sent.
     """
 
     session_id: str
@@ -82,11 +83,11 @@ class ProcessStatus:
 
     Attributes:
         pid: its process id.
-        started: what the system has as its start, to recognize a process id that is used again;
-            None where it does not show that.
-        program: the file that it runs; its arguments are not kept, which may hold a key.
-        updated_at: when this was written, in seconds since the epoch.
-        sessions: the oldest first.
+        started: its start time, as the system reports it, to recognize a reused process id; None
+            if the system does not report it.
+        program: the file that it runs; its arguments are left out, as they may contain a key.
+        updated_at: when the status was written, in seconds since the epoch.
+        sessions: its sessions, the oldest first.
     """
 
     pid: int
@@ -101,8 +102,8 @@ class StatusFile:
 
     Args:
         registry: the sessions.
-        clock: what the interval is measured by.
-        find_work: the work in flight.
+        clock: measures the intervals.
+        find_work: returns the work in flight.
     """
 
     def __init__(self, registry: SessionRegistry, clock: Clock, find_work: FindWork) -> None:
@@ -114,14 +115,14 @@ class StatusFile:
         with contextlib.suppress(OSError):  # the working folder was deleted
             program = os.path.abspath(program) if program else ""
         self._program = program or "python"
-        # Set when the file is to be brought up to date.  Updates that come while one is written are
-        # one: the thread looks at the registry when it begins.
+        # Set when the file must be updated.  Several updates requested during a write become one:
+        # the thread reads the registry when it starts to write.
         self._outdated = threading.Event()
-        # Guards what follows.  Never held during I/O.
+        # Guards the attributes below.  Never held during I/O.
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
         self._ids: List[str] = []  # the sessions at the latest update
-        self._due = 0.0  # monotonic; matters while there are sessions
+        self._due = 0.0  # monotonic; used only while there are sessions
 
     def update(self) -> None:
         """Have the thread write the file if it is due, or if sessions have come or gone."""
@@ -142,13 +143,13 @@ class StatusFile:
             if now < self._due or (not ids and self._thread is None):
                 return
             self._due = now + INTERVAL_S
-            # Under the lock, so that `_run` sees it before it leaves.
+            # Under the lock, so that `_run` sees it before the thread ends.
             self._outdated.set()
             if self._thread is None:
                 self._start_thread_locked()
 
     def next_due(self) -> Optional[float]:
-        """Return when `update` is to be called next (monotonic); None if that does not matter."""
+        """Return when `update` should be called next (monotonic); None if there are no sessions."""
         with self._lock:
             return self._due if self._ids else None
 
@@ -164,7 +165,7 @@ class StatusFile:
         self._thread = thread
         try:
             thread.start()
-        except RuntimeError:  # interpreter shutdown, or too many threads: tried again when due
+        except RuntimeError:  # interpreter shutdown, or too many threads: retried when next due
             self._thread = None
 
     def _run(self) -> None:
@@ -175,14 +176,14 @@ class StatusFile:
             if self._write_or_remove():
                 continue
             with self._lock:
-                # Sessions may have come since, whose update has found this thread running.
+                # A session may have been added since; its update found this thread running.
                 if not self._outdated.is_set():
                     self._ids, self._thread = [], None
                     return
 
     def _write_or_remove(self) -> bool:
-        """Write the file, or remove it and return False if there is no session.  Never raises."""
-        # As `update` does: a session that ends may for a moment be in only one of the two.
+        """Write the file; if there is no session, remove it and return False.  Never raises."""
+        # Decide by the records, as `update` does: the snapshots are taken later and may differ.
         records = self._registry.records()
         try:
             if records:
@@ -190,7 +191,7 @@ class StatusFile:
             else:
                 _file_of(os.getpid()).unlink(missing_ok=True)
         except Exception as error:
-            with contextlib.suppress(Exception):  # a user's log handler may fail, too
+            with contextlib.suppress(Exception):  # a user's log handler may fail
                 logger.debug("the status file could not be written or removed: %s", error)
         return bool(records)
 
@@ -199,7 +200,7 @@ class StatusFile:
     ) -> ProcessStatus:
         work = self._find_work()
         servers = {record.session_id: record.host for record in records}
-        # Added to monotonic times, it makes them comparable with those of other processes.
+        # Added to a monotonic time, it gives the wall time, which other processes can compare.
         lead_s = self._clock.wall() - self._clock.monotonic()
         sessions = []
         for found in sorted(snapshots, key=lambda one: one.created):
@@ -227,10 +228,10 @@ class StatusFile:
     def _write(self, status: ProcessStatus) -> None:
         folder = status_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # In a shared folder for temporary files, another user may have made it, e.g. as a link.
+        # In a shared temporary folder, another user may have created it, e.g. as a link.
         if not _is_ours(folder):
             raise PermissionError(f"{folder} belongs to another user")
-        # Replaced in one step, so that no reader finds half a file; the name is this thread's own.
+        # Replaced atomically, so that no reader finds half a file; no other thread uses this name.
         part = folder / f"{status.pid}.{threading.get_ident()}.part"
         try:
             part.write_text(json.dumps(dataclasses.asdict(status)), encoding="utf-8")
@@ -242,20 +243,18 @@ class StatusFile:
 
 
 def status_folder() -> Path:
-    """Return the folder of the status files: in ``XDG_RUNTIME_DIR``, or else in that of temporary
-    files.
-    """
+    """Return the folder of the status files, in ``XDG_RUNTIME_DIR`` or the temporary folder."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
         return Path(runtime) / "tinkex"
-    user = os.getuid() if hasattr(os, "getuid") else "status"  # Windows has one for each user
+    user = os.getuid() if hasattr(os, "getuid") else "status"  # per-user already on Windows
     return Path(tempfile.gettempdir()) / f"tinkex-{user}"
 
 
 def read_processes(now: float) -> List[ProcessStatus]:
-    """Return the processes of this user that have sessions, and remove the files of dead ones.
+    """Return this user's processes that have sessions; remove the files of dead processes.
 
-    *now* is seconds since the epoch.
+    *now* is in seconds since the epoch.
     """
     folder = status_folder()
     try:
@@ -279,14 +278,14 @@ def _file_of(pid: int) -> Path:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether *folder* is a real folder of this user: anybody can make one in /tmp."""
+    """Return whether *folder* is a real folder of this user: anyone can create one in /tmp."""
     found = os.lstat(folder)
     is_folder = os.path.isdir(folder) and not os.path.islink(folder)
     return is_folder and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
 
 
 def _read(file: Path) -> Optional[ProcessStatus]:
-    """Return the content of *file*; None if it cannot be read, or is of another version."""
+    """Return the content of *file*; None if it cannot be read or has another version's format."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         sessions = tuple(SessionStatus(**session) for session in facts.pop("sessions"))
@@ -296,22 +295,23 @@ def _read(file: Path) -> Optional[ProcessStatus]:
 
 
 def _lives(pid: int, status: Optional[ProcessStatus], now: float) -> bool:
-    """Return whether the process that has written *status* still runs."""
-    if os.name == "nt":  # os.kill would end it
+    """Return whether the process that wrote *status* is still running."""
+    if os.name == "nt":  # os.kill would end the process
         return status is not None and now - status.updated_at < _SILENT_S
     try:
         os.kill(pid, 0)
-    except OSError:  # there is none, or it is another user's
+    except OSError:  # no such process, or another user's
         return False
-    # Process ids are used again: another start time means another process.
+    # Process ids are reused: another start time means another process.
     return status is None or status.started is None or status.started == _start_of(pid)
 
 
 def _start_of(pid: int) -> Optional[str]:
-    """Return when a process was started, as Linux has it; None on other systems."""
+    """Return when a process was started, as Linux reports it; None on other systems."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        # Field 22, counted after the second, the program's name, which may hold blanks and ")".
+        # Field 22, counted from the end of field 2, the program's name, which may hold blanks
+        # and ")".
         return stat.rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None

@@ -1,6 +1,6 @@
 """SessionRegistry: the live sessions of one manager, and the heartbeats that are due.
 
-Plain data behind one lock.  It knows no thread and does no I/O.
+Plain data behind one lock: no threads, no I/O.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tinkex.errors import ClientClosedError, InvalidInputError
 if TYPE_CHECKING:
     from tinkex._sessions.session_record import SessionRecord
 
-#: The reasons of this many lost sessions are remembered: dropped clients never ask for theirs.
+#: The reasons of at most this many lost sessions are kept: dropped clients never fetch theirs.
 MAX_LOST = 1000
 
 
 class Beat(NamedTuple):
     """A heartbeat in flight, sent at the monotonic instant *sent_at*.
 
-    *host* is the one it was queued for, which differs from the record's if the session was stopped
-    meanwhile, and its id now belongs to a session elsewhere.
+    *host* is the host it was queued for.  That differs from the record's host if the session was
+    stopped in the meantime and its id now belongs to a session on another host.
     """
 
     record: SessionRecord
@@ -44,7 +44,7 @@ class SessionRegistry:
     """The sessions that a manager keeps alive.  Thread-safe; no method blocks.
 
     Attributes:
-        inbox: where the finalizers of owners post their messages.
+        inbox: messages to the heartbeat thread, e.g. from the owners' finalizers.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -54,42 +54,42 @@ class SessionRegistry:
         self._lock = threading.Lock()
         self._table = SessionTable()
         self._records: Dict[str, SessionRecord] = {}
-        #: Without owners; as long as their end is being reported.
+        #: Sessions whose owners were all collected, while their end is being reported.
         self._ending: Dict[SessionRecord, None] = {}
-        self._lost: Dict[str, str] = {}  # why and when, until the session is stopped
+        self._lost: Dict[str, str] = {}  # why and when it was lost, until the session is stopped
         self._beats = BeatQueue(MAX_WORKERS)
         self._closed = False
 
     @property
     def closed(self) -> bool:
-        """True once the manager was closed; then no session can be added."""
-        # An early answer only: `add` checks it again, with the lock held.
+        """True once the manager was closed; no session can be added then."""
+        # Only an early answer, read without the lock: `add` checks again with the lock held.
         return self._closed
 
     def add(
         self, record: SessionRecord, policy: HeartbeatPolicy, phase: float, owner: Optional[object]
     ) -> SessionRecord:
-        """Add a session, or a further *owner* of an adopted one; return the record in use.
+        """Add a session, or another *owner* of an adopted one; return the record in use.
 
-        Its first beat is due after *phase* (in [0, 1)) of its interval.
+        The first beat is due after the fraction *phase* (in [0, 1)) of the heartbeat interval.
 
         Raises:
             ClientClosedError: the manager was closed.
-            InvalidInputError: there is another session of that id.
+            InvalidInputError: there is another session with this id.
         """
         with self._lock:
             if self._closed:
                 raise closed_error()
             known = self._records.get(record.session_id)
-            # A session that was adopted by two clients of this process is one session here.
+            # A session adopted by two clients of this process is one session here.
             if known is None:
                 now = self._clock.monotonic()
                 self._records[record.session_id] = record
                 self._table.add(record.session_id, policy, now=now, phase=phase)
             elif known.owned or not known.has_owners:
                 raise InvalidInputError(
-                    f"session {record.session_id} is kept alive by this manager already",
-                    hint="Two servers that use the same ids need a SessionManager each.",
+                    f"this manager already keeps a session {record.session_id} alive",
+                    hint="If two servers use the same ids, give each its own SessionManager.",
                 )
             used = known or record
             if owner is not None:
@@ -97,18 +97,18 @@ class SessionRegistry:
             return used
 
     def get(self, session_id: str) -> Optional[SessionRecord]:
-        """The record of a live session, or None."""
+        """Return the record of a live session, or None."""
         with self._lock:
             return self._records.get(session_id)
 
     def remove(self, session_id: str) -> Optional[SessionRecord]:
-        """Remove a session because it is stopped; None if it does not live."""
+        """Remove and return a session that is being stopped; None if no such session lives."""
         with self._lock:
             self._lost.pop(session_id, None)
             return self._remove_locked(session_id)
 
     def remove_record(self, record: SessionRecord) -> bool:
-        """Remove *record*; False if another session of that id lives."""
+        """Remove *record*; return False if another live session has its id."""
         with self._lock:
             known = self._records.get(record.session_id)
             if known is record:
@@ -116,7 +116,7 @@ class SessionRegistry:
             return known is None or known is record
 
     def remove_owner(self, session_id: str, token: object) -> Optional[SessionRecord]:
-        """Note that an owner is gone; return the session, removed, if that was the last owner."""
+        """Note that an owner was collected; if it was the last, remove and return its session."""
         with self._lock:
             record = self._records.get(session_id)
             if record is None or not record.remove_owner(token):
@@ -125,19 +125,20 @@ class SessionRegistry:
             return self._remove_locked(session_id)
 
     def forget_ending(self, record: SessionRecord) -> None:
-        """Note that the end of a session without owners was reported, or cannot be."""
+        """Note that the end of a session from `ending` was reported, or cannot be."""
         with self._lock:
             self._ending.pop(record, None)
 
     def ending(self) -> List[SessionRecord]:
-        """Sessions without owners whose end is being reported."""
+        """Return the sessions whose owners were all collected and whose end is being reported."""
         with self._lock:
             return list(self._ending)
 
     def remove_all(self) -> List[SessionRecord]:
-        """Remove and return all sessions, those whose heartbeats succeed first."""
+        """Remove and return all sessions, those with successful heartbeats first."""
         with self._lock:
-            # Failing ones last: the time to end sessions is bounded, and their servers may hang.
+            # Failing sessions last: the time to end them all is bounded, and their servers may
+            # hang.
             failing = {s.session_id for s in self._table.snapshots() if s.consecutive_failures}
             records = sorted(self._records.values(), key=lambda r: r.session_id in failing)
             self._records, self._lost, self._table = {}, {}, SessionTable()
@@ -147,7 +148,7 @@ class SessionRegistry:
         return records
 
     def close(self) -> None:
-        """Let no session be added any more."""
+        """Refuse new sessions from now on."""
         with self._lock:
             self._closed = True
 
@@ -156,29 +157,30 @@ class SessionRegistry:
             return len(self._records)
 
     def records(self) -> List[SessionRecord]:
-        """All live sessions."""
+        """Return all live sessions."""
         with self._lock:
             return list(self._records.values())
 
     def snapshots(self) -> List[SessionSnapshot]:
-        """What is known of each live session."""
+        """Return what is known about each live session."""
         with self._lock:
             return self._table.snapshots()
 
     def lost_reason(self, session_id: str) -> Optional[str]:
-        """Why and when a session was lost, in words; None if it was not."""
+        """Return why and when a session was lost, in words; None if it was not lost."""
         with self._lock:
             return self._lost.get(session_id)
 
     def next_due(self) -> Optional[float]:
-        """When the next beat is due, in monotonic seconds; None without sessions."""
+        """Return when the next beat is due, in monotonic seconds; None if there are no sessions."""
         with self._lock:
             return self._table.next_due()
 
     def queue_due_beats(self, now: float, *, all_sessions: bool) -> Tuple[int, bool]:
-        """Queue the beats that are due, or one of each session; they are in flight from now on.
+        """Queue the beats that are due, or with *all_sessions* one for every session.
 
-        Returns how many there are, and whether there is only one session.
+        A session whose last beat is still queued or in flight is skipped.  Returns how many beats
+        were queued, and whether there is only one session.
         """
         with self._lock:
             if all_sessions:
@@ -189,7 +191,7 @@ class SessionRegistry:
             return len(due), len(self._records) == 1
 
     def next_beat(self) -> Optional[Beat]:
-        """Take a queued beat to send it now; None if there is none that may be sent."""
+        """Take a queued beat, to be sent now; None if there is none that may be sent."""
         with self._lock:
             while True:
                 now = self._clock.monotonic()
@@ -200,7 +202,7 @@ class SessionRegistry:
                 record = self._records.get(session_id)
                 if record is not None:
                     return Beat(record, host, now)
-                # It was stopped meanwhile; there is nothing to send.
+                # The session was stopped while its beat was queued: there is nothing to send.
                 self._beats.done(host, now, now, responded=True)
                 self._forget_host_locked(host)
 
@@ -218,18 +220,18 @@ class SessionRegistry:
     ) -> Optional[Verdict]:
         """Judge the response to a beat: its HTTP *status*, or None and an *error*.
 
-        Returns None for a session that was stopped meanwhile.
+        Returns None if the session was stopped in the meantime.
         """
         with self._lock:
             session_id = record.session_id
-            # By identity: the id may have been stopped, and belong to a session elsewhere since.
+            # Compare by identity: after a stop, the id may belong to a session on another server.
             if self._records.get(session_id) is not record:
                 return None
             now = self._clock.monotonic()
             verdict = self._table.record(session_id, status=status, error=error, now=now)
             if verdict is not None and verdict.removed:
                 self._remove_locked(session_id)
-                # Until it is stopped: work that fails on it is then explained.
+                # Kept until the session is stopped, to explain the failures of its work.
                 self._note_lost_locked(session_id, verdict.reason)
             return verdict
 
@@ -253,5 +255,5 @@ class SessionRegistry:
 
 
 def closed_error() -> ClientClosedError:
-    """The error of a manager that was closed."""
+    """Return the error of a manager that was closed."""
     return ClientClosedError("the session manager was closed", hint="Make a new SessionManager.")

@@ -1,11 +1,12 @@
-"""Runtime: what all clients of one server share, with a live session or without.
+"""Runtime: what all clients of one server share, with or without a live session.
 
-A ServiceClient opens a runtime with a session, and so does a sampling client that another process
-sent here; RestClient and AdminClient made on their own open one without, and then nothing is
-created on the server.  Every client holds its runtime; whatever starts a thread is owned by it.
+A ServiceClient opens a runtime with a session, and so does a sampling client that was sent here by
+another process.  A RestClient or AdminClient made on its own opens a runtime without a session, and
+nothing is created on the server.  Every client refers to its runtime, which owns everything that
+starts a thread.
 
-Threads: those of the poller and of the session manager, ``tinkex-create-i`` (or ``tinkex-rest-i``
-without a session) for calls that block, ``tinkex-submit-<run>`` for each training run with work,
+Threads: those of the poller and of the session manager; ``tinkex-create-i`` (``tinkex-rest-i``
+without a session) for calls that block; ``tinkex-submit-<run>`` for each training run with work;
 and ``tinkex-telemetry``.
 """
 
@@ -41,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The runtimes with a session of this process, by (process id, session id): the child of a fork
-# must not find its parent's.  Guarded by lifecycle.module_lock().
+# This process's runtimes with a session, by (process id, session id), so that the child of a fork
+# does not find its parent's.  Guarded by lifecycle.module_lock().
 _by_session: weakref.WeakValueDictionary[Tuple[int, str], Runtime] = weakref.WeakValueDictionary()
 
-#: Calls that run in the background at the same time; more wait.
+#: How many calls run in the background at the same time; further calls wait.
 _BACKGROUND_THREADS = 8
 
-#: close spends at most this long, in seconds, on telemetry that was not sent yet.
+#: `close` spends at most this long, in seconds, on telemetry that was not sent yet.
 TELEMETRY_S = 1.0
 
 
@@ -60,19 +61,19 @@ class Runtime:
         manager: opens the session and keeps it alive; None for a runtime without a session.
         session_id: a session that another process opened, to be kept alive but not ended here.
 
-    With a *manager*, constructing it blocks until the server has created the session, unless
-    *session_id* is given.  Without one it sends nothing, and until the server has responded once,
-    calls ride out an outage for ``startup_timeout_s`` only, so that a wrong address is reported
-    soon; from then on it is ``max_outage_s``.
+    With a *manager*, the constructor blocks until the server has created the session, unless
+    *session_id* is given.  Without a manager, it sends nothing; calls ride out an outage for only
+    ``startup_timeout_s`` until the server has responded once, so that a wrong address is reported
+    soon, and for ``max_outage_s`` from then on.
 
     Raises:
         APIError: the session could not be created; nothing is left behind.
 
     Attributes:
         config: as given.
-        resources: the transport, and what bounds and counts the clients' work.
-        transport: the resources' own; sends every request but heartbeats and telemetry, which
-            have their own.
+        resources: the transport, and the limits and counters of the clients' work.
+        transport: the transport of *resources*; sends every request except heartbeats and
+            telemetry, which have their own.
         poller: owns all outstanding futures.
         ledger: what the clients have used, and their budget.
         recorder: counts requests, for `ServiceClient.metrics`.
@@ -90,14 +91,14 @@ class Runtime:
         self._pid = os.getpid()
         self._closing = threading.Event()
         self._closed = threading.Event()
-        # Guards _closer: the thread that closes, so that only one does.  Never held while it does.
+        # Guards _closer, the only thread that closes the runtime.  Not held while it closes.
         self._lock = threading.Lock()
         self._closer: Optional[threading.Thread] = None
         self.ledger = Ledger(config.budget, config.prices)
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
-        else:  # its session shows that the server is there
+        else:  # creating the session shows that the server can be reached
             at_first = config
         self.resources = ClientResources.open(at_first, self._closing)
         self.transport = self.resources.transport
@@ -116,23 +117,25 @@ class Runtime:
         session = self._session
         self.telemetry: Optional[Reporter] = None
         if config.telemetry:
-            from tinkex._sessions.telemetry import open_reporter  # most programs want none
+            from tinkex._sessions.telemetry import open_reporter  # most programs never need it
 
             reported_id = f"sessionless-{uuid.uuid4()}" if session is None else session.session_id
             self.telemetry = open_reporter(config, reported_id)
         report = None if self.telemetry is None else self.telemetry.operation_failed
         pools = self.resources.pools
         if session is None:
-            # Nothing that a future holds refers back to us: what is dropped is collected then.
+            # Futures hold no reference to the runtime: a dropped runtime is collected right away.
             self.poller = Poller(self.resources, on_failure=report)
             self._background = pools.make("tinkex-rest", _BACKGROUND_THREADS)
         else:
-            # A future that waits keeps the runtime, so that a program may drop its clients and
-            # keep their futures.  Without one there is no cycle: what is dropped ends then.
+            # An unsettled future keeps the runtime alive, so that a program may drop its clients
+            # and keep their futures.  Otherwise there is no reference cycle: a dropped runtime is
+            # collected, and ends its session, right away.
             self.poller = Poller(self.resources, session.explain, report, self)
             self._background = pools.make("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
         if self.telemetry is not None:
-            # The pools let their threads end by themselves.  At exit, close_at_exit does it.
+            # The reporter's thread, unlike those of the pools, does not end by itself when the
+            # runtime is collected.  At exit, close_at_exit ends it.
             weakref.finalize(self, self.telemetry.finalizer_hook).atexit = False
             if session is not None and session.owned:
                 self.telemetry.session_started()
@@ -143,10 +146,11 @@ class Runtime:
 
     @classmethod
     def attach(cls, config: Config, manager: SessionManager, session_id: str) -> Runtime:
-        """Return this process's runtime of that session, or open one that keeps it alive here."""
+        """Return this process's runtime of the session, or open one that keeps it alive."""
         with lifecycle.module_lock():
             found = _by_session.get((os.getpid(), session_id))
-        # Shared with the client that opened the session here, or was unpickled here earlier.
+        # Share the runtime of the client that opened the session in this process, or was unpickled
+        # here earlier.
         if found is not None and not found.closed:
             return found
         return cls(config, manager, session_id)
@@ -156,7 +160,7 @@ class Runtime:
         """The live session.
 
         Raises:
-            RuntimeError: there is none; clients that need one are made by a ServiceClient only.
+            RuntimeError: there is no session; only a ServiceClient makes clients that need one.
         """
         if self._session is None:
             raise RuntimeError("this client has no session")
@@ -169,14 +173,15 @@ class Runtime:
 
     @property
     def closed(self) -> bool:
-        """True once close has begun."""
+        """True once `close` has begun."""
         return self._closing.is_set()
 
     @property
     def forked(self) -> bool:
         """True in the child of a fork, where the runtime must not be used.
 
-        Locks may be dead there, and sockets are the parent's too: touch neither.
+        Its locks may be held forever there, and its sockets are shared with the parent: touch
+        neither.
         """
         return self._pid != os.getpid()
 
@@ -205,7 +210,7 @@ class Runtime:
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
         """Run *work* on a background thread; return its future without blocking."""
-        self.ensure_open(kind)  # a closed one would raise below, without naming the call
+        self.ensure_open(kind)  # a closed runtime would also raise below, without naming the call
         future: APIFuture[T] = self.poller.new_future(kind)
         future.enter("submitting")
         self._background.submit(functools.partial(self._run_now, future, work))
@@ -217,7 +222,7 @@ class Runtime:
         try:  # on tinkex-create-i or tinkex-rest-i
             with active(future.operation):
                 value = work()
-            self.transport.config = self.config  # the server is there: max_outage_s from now on
+            self.transport.config = self.config  # the server responded: from now on, max_outage_s
             future.try_set_result(value)
         except Exception as error:
             self.poller.fail(future, error)
@@ -225,11 +230,12 @@ class Runtime:
     def close(
         self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
     ) -> None:
-        """End everything; takes at most about *timeout_s*.  Idempotent, safe from several threads.
+        """End everything within about *timeout_s*.  Idempotent and thread-safe.
 
-        The order: refuse new work, so that nothing is added; settle outstanding futures, so that
-        every waiter wakes; stop the threads; stop the heartbeats and finish the session; send the
-        telemetry that is left, within a second; close connections last, since these need some.
+        The order: refuse new work, so that nothing is added; settle the outstanding futures, so
+        that every waiter wakes; abort the requests in flight; acknowledge results; stop the
+        heartbeats and finish the session; send the remaining telemetry, for at most a second; wait
+        for the threads.
         """
         if self.forked:
             return
@@ -253,7 +259,7 @@ class Runtime:
             self._join(deadline)
         except BaseException:
             with self._lock:
-                self._closer = None  # Ctrl-C: the next close, at exit at the latest, goes on
+                self._closer = None  # Ctrl-C: the next close, at exit at the latest, continues
             raise
         lifecycle.untrack(self)
         self._closed.set()
@@ -275,7 +281,7 @@ class Runtime:
 
     def _stop_work(self) -> None:
         """Refuse new work, wake every waiter, and have the threads end."""
-        # The event first: without it, an aborted request looks like an outage, and is retried.
+        # Set the event first: without it, an aborted request looks like an outage and is retried.
         self._closing.set()
         self.poller.close(
             ClientClosedError(
@@ -295,16 +301,16 @@ class Runtime:
             logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
 
     def forget_after_fork(self) -> None:
-        """See lifecycle.Tracked: nothing to do, since every method looks at `forked`."""
+        """See lifecycle.Tracked: nothing to do, since every method checks `forked`."""
 
     def __del__(self) -> None:
-        # What a failed __init__ has not set is missing; then the caller already has the error.
+        # If __init__ has failed, attributes may be missing, and the caller already has the error.
         session = getattr(self, "_session", None)
         if session is None or not session.owned or not hasattr(self, "_background"):
             return
         # No lock and no join: this may run in any thread, even inside one of our locks.
         if self._closer is None and not self._closed.is_set() and not self.forked:
-            # Not with source=self: what records the warning would keep the session alive.
+            # Without source=self: whoever records the warning would keep the session alive.
             warnings.warn(
                 f"unclosed ServiceClient of session {session.session_id}, opened at "
                 f"{self._opened_at}; use `with ServiceClient(...)` or close()",
@@ -314,14 +320,17 @@ class Runtime:
 
 
 def work_in_flight() -> Dict[str, List[APIFuture[Any]]]:
-    """Return the unsettled futures of each session of this process, by its id.  Does not block."""
+    """Return the unsettled futures of this process, by session id.  Does not block."""
     with lifecycle.module_lock():
         runtimes = [item for item in _by_session.items() if item[0][0] == os.getpid()]
     return {session_id: runtime.poller.inflight() for (_, session_id), runtime in runtimes}
 
 
 def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[str]]:
-    """Status and detail of a session whose ``with`` block was left by *exc_type*, or normally."""
+    """Return the status and detail of a session whose ``with`` block ended with *exc_type*, if any.
+
+    Without an exception, *exc_type* is None.
+    """
     if exc_type is None:
         return "success", None
     failed = issubclass(exc_type, Exception)  # Ctrl-C and SystemExit are no failure
@@ -329,12 +338,12 @@ def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[s
 
 
 def _half_of_rest(deadline: float) -> float:
-    """Half of the time that is left, so that what comes after it gets some, too."""
+    """Return half of the time that is left, so that later steps get some, too."""
     return max(0.2, (deadline - time.monotonic()) / 2)
 
 
 def _callers_line() -> str:
-    """``file:line`` of the first caller outside this package."""
+    """Return ``file:line`` of the first caller outside this package."""
     frame: Any = sys._getframe(1)
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):

@@ -1,7 +1,7 @@
 """Session: one live session on the server, as the clients that use it see it.
 
-The session manager keeps it alive.  Here are its counters, and the errors of work that failed
-because the session was lost.
+The session manager keeps it alive.  This module holds its counters, and explains the failures of
+work whose session was lost.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ logger = logging.getLogger(__name__)
 #: How a session may end.
 STATUSES = ("success", "errored", "interrupted")
 
-#: The statuses of a response about something that the server does not have (any more).
+#: The HTTP statuses of a response about something that the server does not have (any more).
 GONE = (404, 410)
 
-#: Failed work asks for this long, in seconds, whether its session still lives.  If there was no
-#: response, no other work asks again for a while.
+#: When work fails, the server is asked whether the session still lives, with a timeout of
+#: ASK_TIMEOUT_S seconds.  Without a response, it is not asked again for ASK_AGAIN_S seconds.
 ASK_TIMEOUT_S, ASK_AGAIN_S = 2.0, 5.0
 
-#: Where many parts of the work fail, each would ask.  After this many responses that the session
-#: lives, each less than a second after the one before, the latest counts for this long, in seconds.
+#: If many operations fail at once, each would ask.  After ALIVE_IN_A_ROW responses that the session
+#: lives, each asked for less than a second after the one before, the latest response is trusted for
+#: ALIVE_FOR_S seconds.
 ALIVE_IN_A_ROW, ALIVE_FOR_S = 3, 0.2
 _ROW_GAP_S = 1.0
 
@@ -51,18 +52,18 @@ class Session:
 
     Args:
         config: the server, and the labels of the session.
-        manager: keeps it alive, for as long as this object is referred to.
-        transport: sends the question whether the session still lives.
+        manager: keeps the session alive as long as this object is referenced.
+        transport: used to ask the server whether the session still lives.
         session_id: a session that another process opened, to be kept alive but not ended here.
 
-    Constructing it blocks until the server has created the session, unless *session_id* is given.
+    The constructor blocks until the server has created the session, unless *session_id* is given.
 
     Raises:
         APIError: the session could not be created; nothing is left behind.
 
     Attributes:
         session_id: the server's id.
-        owned: False for the session of another process, which that process ends.
+        owned: False if another process opened the session, and will end it.
         last_checkpoint: path of the checkpoint saved last, to resume from.
     """
 
@@ -80,12 +81,13 @@ class Session:
         # next() on a count is atomic; an id is used up even if its request fails.
         self._model_seq_ids = itertools.count()
         self._sampler_seq_ids = itertools.count()
-        # Whether the session lives: asked by one thread at a time, and after a question without a
-        # response not before _ask_again_at.  _alive_at: when the last was sent that found it alive.
+        # One thread at a time asks the server whether the session lives; after a question without a
+        # response, none asks before _ask_again_at.  _alive_at is when the latest question was sent
+        # that found the session alive.
         self._asking: SingleFlight[None] = SingleFlight()
         self._alive_at = self._ask_again_at = 0.0
         self._alive_in_a_row = 0
-        # With the owner, a client that is merely dropped ends its session, too.
+        # The owner is given so that a client that is merely dropped ends its session, too.
         if session_id is None:
             session_id = manager.start_session(config, owner=self)
         else:
@@ -107,15 +109,15 @@ class Session:
     def explain(self, error: TinkexError) -> TinkexError:
         """Return the error to show for failed work: SessionLostError if the session was lost.
 
-        Blocks for a few seconds at most, to ask the server, if the work failed because something
-        that it needs is not there, or after it was accepted.
+        Asks the server, and so blocks for a few seconds at most, if the work failed with status 404
+        or 410, or after it was accepted.
         """
         if error.session_id is None:
             error.session_id = self.session_id
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
-        # A lost session fails no work by itself; the server's response to the work does.
-        # By then the loss may still be unknown: the next heartbeat may be seconds away.
+        # Losing a session fails no work by itself; the server's response to the work does.  When it
+        # arrives, the loss may still be unknown here: the next heartbeat may be seconds away.
         if error.status in GONE or isinstance(error, RequestFailedError):
             self._ask_after_failure()
         reason = self.manager.lost_reason(self.session_id)
@@ -134,12 +136,12 @@ class Session:
         last = self.last_checkpoint
         if last:
             return f"Resume with create_training_client_from_state_with_optimizer({last!r})."
-        return "No checkpoint was saved by this client: start again, and save_state now and then."
+        return "No checkpoint was saved by this client: start again, and call save_state regularly."
 
     def _how_to_replace(self) -> str:
         if self.owned:
             return f"Create a new ServiceClient. {self.how_to_resume()}"
-        # Only the process that opened it knows what was saved, and from where to resume.
+        # Only the process that opened the session knows what was saved and where to resume.
         return (
             "Another process opened this session and has ended or lost it: have that process "
             "make a new sampler, and keep its ServiceClient open while the sampler is used."
@@ -150,8 +152,8 @@ class Session:
         failed_at = time.monotonic()
         if self._alive_in_a_row >= ALIVE_IN_A_ROW and failed_at - self._alive_at < ALIVE_FOR_S:
             return
-        # Twice: the first question may be another thread's, sent before this failure, when the
-        # session may still have been alive.
+        # Up to twice: the first answer may be to another thread's question, which was sent before
+        # this failure, when the session may still have been alive.
         for _ in range(2):
             lost = self.manager.lost_reason(self.session_id) is not None
             if lost or self._alive_at >= failed_at:
@@ -162,7 +164,7 @@ class Session:
     def _ask_whether_gone(self) -> None:
         """Send a heartbeat, and note whether the session is alive, gone, or not known to be."""
         asked_at = time.monotonic()
-        # During an outage, thousands of failing futures would wait for a timeout each.
+        # During an outage, thousands of failing futures would each wait for a timeout.
         if asked_at < self._ask_again_at:
             return
         try:

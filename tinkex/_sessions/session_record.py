@@ -1,7 +1,7 @@
 """SessionRecord: one live session: the connection that keeps it alive, its owners, and its end.
 
-Every session has connections of its own for this, so that no training or sampling load can delay
-a heartbeat.  No threads.
+Every session has its own connections for heartbeats, so that no training or sampling load can delay
+them.  No threads.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Beats, or ends of sessions, that may be under way at the same time.
+#: How many heartbeats, or requests to finish a session, may be in flight at the same time.
 MAX_WORKERS = 8
 
-#: A server is given this long, in seconds, for the end of one session when many end together.
+#: The timeout for finishing one session when many end together, in seconds.
 FINISH_S = 2.0
 
-#: The same for the session of a dropped client, for which nothing waits before `close` does.
-#: A server that misses the end keeps the session until it expires; a busy one may need more than
-#: the two seconds.
+#: The timeout for finishing the session of a dropped client, which nothing waits for until `close`.
+#: A server that misses the request keeps the session until it expires, and a busy server may need
+#: more than FINISH_S.
 UNHURRIED_FINISH_S = 15.0
 
-#: As `ServerState` names it.
+#: The name of the route in `ServerState`.
 FINISH_ROUTE = "POST sessions/{id}/finish"
 
 
 class Wake(NamedTuple):
-    """To the heartbeat thread: look again at what is due."""
+    """To the heartbeat thread: check again what is due."""
 
 
 class OwnerCollected(NamedTuple):
-    """To the heartbeat thread: an object that a session was kept alive for is gone."""
+    """To the heartbeat thread: an owner of a session was garbage-collected."""
 
     session_id: str
     token: object
@@ -74,41 +74,42 @@ Message = Union[Wake, OwnerCollected, ManagerDropped]
 
 
 class HTTPLink:
-    """The connections that keep one session alive; tests put their own in its place.
+    """The connections that keep one session alive; tests substitute their own.
 
-    Each method blocks.  `abort` may be called by another thread and ends the others immediately.
+    Methods that send a request block.  `abort` may be called by another thread and ends them
+    immediately.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        # Of its own: closed connections, limits or a load of requests of the clients must not delay
-        # or end a heartbeat.
+        # Not the clients' transport, whose limits, load or closed connections must not delay or end
+        # a heartbeat.
         self._transport = Transport(config, closing=threading.Event())
-        # Shorter than the interval: the next beat is the retry.
+        # Never longer than the interval: the next beat is the retry.
         self._beat_timeout_s = min(HEARTBEAT_TIMEOUT_S, config.heartbeat_interval_s)
 
     def create(self) -> CreateSessionResponse:
-        """Create a session; retried for ``startup_timeout_s``.  Raises TinkexError."""
+        """Create a session, with retries for ``startup_timeout_s``.  Raises TinkexError."""
         return create_session(self._transport, self._config)
 
     def give_up(self) -> None:
-        """Let `create` begin no further attempt; the one in flight may still succeed."""
+        """Stop `create` from starting another attempt; one in flight may still succeed."""
         self._transport.closing.set()
 
     def beat(self, session_id: str) -> int:
-        """Send one heartbeat, once, and return the status.  Raises TinkexError."""
+        """Send one heartbeat without retries; return the HTTP status.  Raises TinkexError."""
         return session_heartbeat(self._transport, session_id, timeout_s=self._beat_timeout_s).status
 
     def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
-        """Report the end of the session, once; return the status, 410 if it is unknown."""
+        """Report the session's end, without retries; return the status, 410 if it is unknown."""
         return finish_session(self._transport, session_id, status, detail, timeout_s)
 
     def drop_idle(self) -> None:
-        """Close idle connections: after a long sleep they are dead."""
+        """Close idle connections, which are dead after a long sleep of the machine."""
         self._transport.drop_idle()
 
     def abort(self) -> None:
-        """Close, and interrupt every request in flight."""
+        """Close all connections, and interrupt every request in flight."""
         self._transport.closing.set()
         self._transport.abort()
 
@@ -119,13 +120,13 @@ LinkFactory = Callable[[Config], HTTPLink]
 class SessionRecord:
     """A live session and the connection that keeps it alive.
 
-    The registry's lock guards its owners; the rest does not change.
+    The registry's lock guards the owners; nothing else changes.
 
     Args:
         session_id: the server's id.
-        link: its own connection.
+        link: the session's own connections.
         config: names the server.
-        owned: ours to finish; False for a session that another process opened.
+        owned: whether we must finish it; False for a session that another process opened.
     """
 
     def __init__(
@@ -137,36 +138,37 @@ class SessionRecord:
         self.quiet = config.quiet
         self.owned = owned
         self._server = state_of(config)
-        # The finalizer of each object that the session is kept alive for, by a token for each.
-        # Without any, the session lives until it is stopped.
+        # The finalizer of each owner, by a token.  The session lives until its last owner is
+        # collected; one that never had an owner lives until it is stopped.
         self._owners: Dict[object, weakref.finalize[Any, Any]] = {}
 
     def add_owner(self, owner: object, inbox: Inbox[Message]) -> None:
-        """Have *inbox* get an OwnerCollected message when *owner* is collected."""
+        """Have an OwnerCollected message put into *inbox* when *owner* is garbage-collected."""
         token = object()
-        # A finalizer may run in any thread, even inside a lock of ours: it only puts a message.
+        # A finalizer may run in any thread, even one that holds our locks, so it only puts a
+        # message.
         finalizer = weakref.finalize(owner, inbox.put, OwnerCollected(self.session_id, token))
         finalizer.atexit = False  # the manager's close_at_exit ends the session
         self._owners[token] = finalizer
 
     def remove_owner(self, token: object) -> bool:
-        """Forget the owner that *token* stands for; True if it was the last."""
+        """Forget the owner with this *token*; return True if it was the last."""
         return self._owners.pop(token, None) is not None and not self._owners
 
     @property
     def has_owners(self) -> bool:
-        """True if the session is kept alive for certain objects."""
+        """True if an owner keeps the session alive."""
         return bool(self._owners)
 
     def detach_owners(self) -> None:
-        """Ignore the collection of the owners from now on: the session has ended."""
+        """Disable the owners' finalizers: the session has ended."""
         for finalizer in self._owners.values():
             finalizer.detach()
 
     def finish(self, status: str, detail: Optional[str], timeout_s: float) -> bool:
-        """Report the session's end to the server, once, and close the connection.
+        """Report the session's end to the server, without retries, and close the connections.
 
-        Never raises an Exception.  False if the server did not respond.
+        Never raises an Exception.  Returns False if the server did not respond.
         """
         try:
             if self.owned and timeout_s > 0 and self._server.missing_status(FINISH_ROUTE) is None:
@@ -184,7 +186,8 @@ class SessionRecord:
         if status < 300:
             self._server.note_present(FINISH_ROUTE)
         elif status in ABSENT:
-            # Ignored if a session was finished before: then only this session is unknown.
+            # Ignored if a session was finished before: then it is only this session that the server
+            # does not know.
             self._server.note_missing(FINISH_ROUTE, status)
         else:
             logger.debug("finishing session %s: status %d", self.session_id, status)
@@ -210,7 +213,7 @@ class FinishRound:
         self._detail = detail
         self._clock = clock
         self._deadline = clock.monotonic() + timeout_s
-        # Guards what follows; notified when a request has ended.
+        # Guards the attributes below; notified when a request has ended.
         self._changed = threading.Condition()
         self._queue = BeatQueue(MAX_WORKERS + 1)
         self._silent_hosts: Set[str] = set()
@@ -219,7 +222,7 @@ class FinishRound:
             self._queue.put(record.host, record.session_id)
 
     def run(self) -> None:
-        """Finish sessions until there is none left that this thread may finish."""
+        """Finish sessions until none is left that this thread may finish."""
         while True:
             began = self._clock.monotonic()
             with self._changed:
@@ -230,7 +233,7 @@ class FinishRound:
                 self._under_way += 1
                 # With no time left, `finish` sends nothing, and only closes the connection.
                 left_s = 0.0 if host in self._silent_hosts else max(0.0, self._deadline - began)
-            # Half of what is left: one silent host must not use up the time of all.
+            # Half of the time left: one silent host must not use up the time of the others.
             responded = self._records[session_id].finish(
                 self._status, self._detail, min(FINISH_S, left_s / 2)
             )
@@ -242,7 +245,7 @@ class FinishRound:
                 self._changed.notify_all()
 
     def wait_for_others(self) -> None:
-        """Wait until no request is under way: a process that exits would cut it off."""
+        """Wait until no request is in flight: if the process exited, it would be cut off."""
         with self._changed:
             left_s = max(0.0, self._deadline - self._clock.monotonic())
             self._changed.wait_for(lambda: not self._under_way, left_s)

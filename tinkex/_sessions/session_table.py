@@ -1,7 +1,7 @@
-"""SessionTable: which sessions live, whose heartbeat is due, and what a response means.
+"""SessionTable: which sessions live, which heartbeats are due, and what a response means.
 
-A pure core: it takes ``now`` (monotonic seconds) and knows no thread, lock or network.  Its owner
-is the SessionRegistry, which guards it with a lock.
+Pure logic: callers pass ``now`` (monotonic seconds), and there are no threads, locks or network.
+Its owner, the SessionRegistry, guards it with a lock.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Dict, List, Optional, Tuple
 
 from tinkex.config import Config
 
-#: After the first warning about a session without heartbeats, at most one a minute.
+#: After the first warning about a session's failing heartbeats, the next ones are at least this
+#: many seconds apart.
 WARN_EVERY_S = 60.0
-#: A beat that was refused is sent again after this long (or the interval, if that is shorter): one
-#: stray response, e.g. of a gateway during a deployment, must not cost a session.
+#: After a beat was refused, the next one is due after this many seconds (or the interval, if that
+#: is shorter): one stray response, e.g. of a gateway during a deployment, must not cost a session.
 CONFIRM_AFTER_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class HeartbeatPolicy:
-    """How one session is kept alive; see Config for the meaning of each."""
+    """How one session is kept alive; see Config for the meaning of each setting."""
 
     interval_s: float = 10.0
     warn_after_s: float = 120.0
@@ -41,7 +42,7 @@ class HeartbeatPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class SessionSnapshot:
-    """What is known of a live session; times are monotonic seconds.  Holds no secret."""
+    """What is known about a live session; times are in monotonic seconds.  Contains no secrets."""
 
     session_id: str
     created: float
@@ -56,15 +57,15 @@ class Verdict:
     """What the response to a heartbeat means.
 
     Attributes:
-        kind: ``"fine"``, ``"failing"`` (not reported), ``"warn"``, ``"recovered"``, or, with the
-            session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx, twice in a row),
-            ``"limit"``.
+        kind: ``"fine"``, ``"failing"`` (not worth a warning), ``"warn"``, ``"recovered"``, or, if
+            the session was removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx, twice in a
+            row), ``"limit"``.
         silent_s: seconds since the last success (or the start).
         failures: failures in a row, this one included.
-        first_beat: it is the response to the session's very first heartbeat.
+        first_beat: True if this was the session's very first heartbeat, and it failed.
         error: the failure, in words.
         status: the HTTP status of the response, if it was not a success.
-        confirm: it was refused for the first time, and the next beat is due soon.
+        confirm: the beat was refused for the first time; the next one is due soon.
     """
 
     kind: str
@@ -77,7 +78,7 @@ class Verdict:
 
     @property
     def removed(self) -> bool:
-        """True if the session is off the table."""
+        """True if the session was removed from the table."""
         return self.kind in ("gone", "refused", "limit")
 
     @property
@@ -106,12 +107,12 @@ class _Entry:
 
 
 class SessionTable:
-    """The live sessions.  Not thread-safe: its owner locks."""
+    """The live sessions.  Not thread-safe: its owner must lock."""
 
     def __init__(self) -> None:
         self._entries: Dict[str, _Entry] = {}
         # (due, session id); entries that were removed or re-armed leave stale items behind,
-        # which are recognised by their time and dropped when they surface.
+        # which are recognized by their time and dropped when they surface.
         self._heap: List[Tuple[float, str]] = []
 
     def add(self, session_id: str, policy: HeartbeatPolicy, *, now: float, phase: float) -> None:
@@ -122,11 +123,11 @@ class SessionTable:
         heapq.heappush(self._heap, (due, session_id))
 
     def remove(self, session_id: str) -> None:
-        """Remove a session, if it is there."""
+        """Remove a session, if it is on the table."""
         self._entries.pop(session_id, None)
 
     def next_due(self) -> Optional[float]:
-        """When the next beat is due, or None without sessions."""
+        """Return when the next beat is due; None if there are no sessions."""
         while self._heap:
             due, session_id = self._heap[0]
             entry = self._entries.get(session_id)
@@ -136,10 +137,10 @@ class SessionTable:
         return None
 
     def take_due(self, now: float) -> List[str]:
-        """The sessions to beat now, each marked in flight and re-armed.
+        """Return the sessions whose beat is due; mark each in flight and schedule its next beat.
 
-        Missed beats are sent as one; a session whose last beat is still in flight is passed
-        over until its next time.
+        Several missed beats become one.  A session whose last beat is still in flight is skipped
+        until its next beat is due.
         """
         due: List[str] = []
         while True:
@@ -148,8 +149,9 @@ class SessionTable:
                 return due
             entry = self._entries[heapq.heappop(self._heap)[1]]
             interval = entry.policy.interval_s
-            # Re-armed before it is sent, so that a beat that hangs or fails does not delay the next
-            # one.  A multiple of the interval keeps the session's phase and skips missed beats.
+            # The next beat is scheduled before this one is sent, so that a beat that hangs or fails
+            # does not delay it.  A multiple of the interval keeps the session's phase and skips
+            # missed beats.
             entry.due += interval * (1 + (now - entry.due) // interval)
             heapq.heappush(self._heap, (entry.due, entry.session_id))
             if not entry.in_flight:
@@ -158,7 +160,7 @@ class SessionTable:
 
     def beat_all_at(self, now: float) -> None:
         """Make every session due at *now*, e.g. after the machine slept."""
-        # The items that are in the heap become stale; `next_due` drops them.
+        # The items already in the heap become stale; `next_due` drops them.
         for entry in self._entries.values():
             entry.due = now
             heapq.heappush(self._heap, (now, entry.session_id))
@@ -168,7 +170,7 @@ class SessionTable:
     ) -> Optional[Verdict]:
         """Judge the response to a beat: its HTTP *status*, or None and an *error*.
 
-        Returns None for a session that is not on the table any more.
+        Returns None for a session that is no longer on the table.
         """
         entry = self._entries.get(session_id)
         if entry is None:
@@ -188,7 +190,7 @@ class SessionTable:
         return verdict
 
     def snapshots(self) -> List[SessionSnapshot]:
-        """What is known of each live session."""
+        """Return what is known about each live session."""
         return [
             SessionSnapshot(
                 e.session_id,
@@ -217,11 +219,12 @@ class SessionTable:
         policy = entry.policy
         silent_s = now - entry.last_success
         kind = "failing"
-        # Twice the same status: two different ones, e.g. 401 and then 403, may be two accidents.
+        # Only the same status twice confirms: two different ones, e.g. 401 and then 403, may be two
+        # accidents.
         before, entry.refused = entry.refused, status if _refuses(status) else None
         confirmed = entry.refused is not None and entry.refused == before
-        # The order matters: what the server decided comes before the limits set here, and those
-        # before a mere warning.  See docs/protocol.md, "Heartbeats".
+        # The order matters: the server's decision comes before the user's limits, and these before
+        # a mere warning.  See docs/protocol.md, "Heartbeats".
         if status in (404, 410):
             kind = "gone"
         elif confirmed:
@@ -243,6 +246,6 @@ class SessionTable:
 
 
 def _refuses(status: Optional[int]) -> bool:
-    """Whether an HTTP status means that the beat is wrong, as the next one will be."""
+    """Return whether an HTTP status refuses a beat, as it would probably refuse the next one."""
     passing_or_gone = (404, 408, 410, 429)
     return status is not None and 400 <= status < 500 and status not in passing_or_gone

@@ -1,10 +1,11 @@
 """Reporter: reports the start, failures and end of a session to the server.
 
-Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)``.  The events, which
-`telemetry_events` makes, hold no keys, prompts or anything else that the user gave us.  Reporting
-never blocks a caller, never delays an error and never raises; what cannot be sent is dropped.
+Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)`` is set.  The events, which
+`telemetry_events` makes, contain no keys, no prompts and nothing else that the user gave us; the
+program's own events (`Reporter.log`) contain what it passes.  Reporting never blocks a caller,
+never delays an error and never raises; events that cannot be sent are dropped.
 
-One thread, ``tinkex-telemetry``, from the first event to the end of the session.
+One thread, ``tinkex-telemetry``, runs from the first event to the end of the session.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ logger = logging.getLogger(__name__)
 
 ROUTE = "POST telemetry"
 
-#: An event waits at most this long, in seconds, for others to be sent with.
+#: An event waits at most this long, in seconds, for others to share its request.
 FLUSH_S = 10.0
-#: Most events in one request, and most that wait; further ones are dropped.
+#: The most events in one request, and the most that may be queued; further events are dropped.
 BATCH = 100
 MAX_WAITING = 10_000
-#: The data of one event is not larger than this, in bytes.
+#: The largest size of one event's data, in bytes.
 _MAX_DATA_BYTES = 65_536
 
-# Requests to the thread, in the queue of events: send what waits; send it and end.
+# Commands to the thread, put among the events: send the queued events; send them and end.
 _FLUSH, _STOP = "flush", "stop"
 
 Event = Dict[str, Any]
 
-# Guarded by lifecycle.module_lock(): the id of a process, and its name in reports.
+# A process id, and the name of that process in reports.  Guarded by lifecycle.module_lock().
 _process: Tuple[int, str] = (0, "")
 
 
 def process_uuid() -> str:
-    """The name of this process in reports; the child of a fork has its own."""
+    """Return the name of this process in reports; the child of a fork gets its own."""
     global _process
     with lifecycle.module_lock():
         if _process[0] != os.getpid():
@@ -63,7 +64,7 @@ def process_uuid() -> str:
 
 
 def open_reporter(config: Config, session_id: str) -> Optional[Reporter]:
-    """Return a reporter of the session; None if it is not wanted, or the server takes none."""
+    """Return a reporter for the session; None if telemetry is off or the server accepts none."""
     if not config.telemetry or state_of(config).missing_status(ROUTE) is not None:
         return None
     return Reporter(config, session_id)
@@ -72,11 +73,12 @@ def open_reporter(config: Config, session_id: str) -> Optional[Reporter]:
 class Reporter:
     """Reports on one session.  Thread-safe; in the child of a fork it does nothing.
 
-    Its thread refers to it, so it must not refer to the client that owns it.
+    The thread refers to the reporter, so the reporter must not refer to the client that owns it.
 
     Attributes:
-        session_id: what it reports on.
-        dropped: how many events were not sent: too many waited, or the server did not take them.
+        session_id: the session it reports on.
+        dropped: how many events were not sent, e.g. because too many were queued or the server did
+            not accept them.
     """
 
     def __init__(self, config: Config, session_id: str, *, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -84,14 +86,14 @@ class Reporter:
         self._pid = os.getpid()
         self._clock = clock
         self._began = clock.monotonic()
-        # Of its own: the session's transport is closed before the last report is sent.
+        # Not the session's transport, which is closed before the last report is sent.
         self._transport = Transport(config, closing=threading.Event())
         self._queue: Inbox[Union[Event, str]] = Inbox()  # finalizers post to it
-        # Guards what follows, and the order of events.  Never held during I/O.
+        # Guards the attributes below, and the order of events.  Never held during I/O.
         self._lock = threading.Lock()
         self._next_index = 0
         self._thread: Optional[threading.Thread] = None
-        self._closed = False  # no further event is taken
+        self._closed = False  # if True, further events are dropped
         self.dropped = 0
 
     def log(
@@ -100,9 +102,9 @@ class Reporter:
         event_data: Optional[Mapping[str, Any]] = None,
         severity: str = "INFO",
     ) -> bool:
-        """Report an event of the program's own; False if it is dropped.  Does not block.
+        """Report an event of the user's program; False if it is dropped.  Does not block.
 
-        *event_data* goes to the server as it is: values that JSON can express, 64 KiB at most.
+        *event_data* is sent to the server unchanged: JSON values, at most 64 KiB.
         """
         data = dict(event_data or {})
         try:
@@ -113,25 +115,25 @@ class Reporter:
         return fits and self._generic(event_name, data, severity)
 
     def log_exception(self, error: BaseException, severity: str = "ERROR") -> bool:
-        """Report an error that left an operation; False if it is dropped.  Does not block."""
+        """Report an error that an operation raised; False if it is dropped.  Does not block."""
         if is_user_error(error):
             return self._generic("user_error", user_error(error), "WARNING")
         return self._add("UNHANDLED_EXCEPTION", severity, unhandled(error))
 
     def trigger_flush(self) -> None:
-        """Have what waits sent now; does not block."""
+        """Have the queued events sent now.  Does not block."""
         if self._pid == os.getpid():
             self._queue.put(_FLUSH)
 
     def session_started(self) -> None:
-        """Report that the session lives."""
+        """Report the start of the session."""
         self._add("SESSION_START", "INFO", {})
 
     def operation_failed(self, future: APIFuture[Any], error: BaseException) -> None:
         """Report that *future* failed with *error*.  Never raises."""
         if isinstance(error, ClientClosedError):
             return
-        # The error of a part of the work was reported with that part's own future.
+        # The error of one part of the work was already reported with that part's own future.
         if getattr(error, "request_id", None) not in (None, future.request_id):
             return
         try:
@@ -147,13 +149,13 @@ class Reporter:
                     name, data = found
                     self._generic(name, data, "WARNING" if is_user_error(error) else "ERROR")
             self.log_exception(error)
-        except Exception:  # a bug here must not become one of the operation
+        except Exception:  # a bug here must not affect the operation
             logger.exception("the failure of %s is not reported", future.kind)
 
     def close(self, timeout_s: float, *, ended: bool = True) -> None:
-        """Report the session's end, send what waits, and stop; at most about *timeout_s*.
+        """Report the session's end, send the queued events, and stop, within about *timeout_s*.
 
-        *ended* is False if the session goes on without us.
+        *ended* is False if the session goes on in another process.
         """
         if self._pid != os.getpid():
             return
@@ -168,21 +170,21 @@ class Reporter:
             return
         deadline = time.monotonic() + timeout_s
         thread.join(timeout_s)
-        if thread.is_alive():  # in a request: aborting it ends the thread
+        if thread.is_alive():  # it is in a request: aborting that ends the thread
             self._close_transport()
             thread.join(max(0.1, deadline - time.monotonic()))
 
     def finalizer_hook(self) -> None:
-        """Stop the thread from a finalizer; what waits is still sent."""
-        # Sets no flag under the lock, which the thread that runs the finalizer may hold.
+        """Stop the thread, from a finalizer; the queued events are still sent."""
+        # Take no lock: the thread that runs the finalizer may hold it.
         self._queue.put(_STOP)
 
     def _generic(self, name: str, data: Mapping[str, Any], severity: str) -> bool:
         return self._add("GENERIC_EVENT", severity, {"event_name": name, "event_data": data})
 
     def _add(self, kind: str, severity: str, fields: Mapping[str, Any]) -> bool:
-        """Queue an event for the thread, which the first one starts; False if it is dropped."""
-        if self._pid != os.getpid():  # after a fork, its lock may be held for ever
+        """Queue an event, and start the thread if need be; return False if the event is dropped."""
+        if self._pid != os.getpid():  # in the child of a fork, the lock may be held forever
             return False
         at = datetime.datetime.fromtimestamp(self._clock.wall(), datetime.timezone.utc)
         event = {
@@ -193,7 +195,7 @@ class Reporter:
             **fields,
         }
         trouble: Optional[RuntimeError] = None
-        # Index and place in the queue in one step, so that events are sent in order; a dropped one
+        # Number and queue the event atomically, so that events are sent in order; a dropped event
         # leaves a gap that the server can see.
         with self._lock:
             event["event_session_index"] = self._next_index
@@ -211,7 +213,9 @@ class Reporter:
         return taken
 
     def _start_thread_locked(self) -> Optional[RuntimeError]:
-        """Start the thread; return why not: interpreter shutdown, or too many threads."""
+        """Start the thread; return the error if that fails: interpreter shutdown, or too many
+        threads.
+        """
         thread = threading.Thread(target=self._run, name="tinkex-telemetry", daemon=True)
         try:
             thread.start()
@@ -221,7 +225,7 @@ class Reporter:
         return None
 
     def _run(self) -> None:
-        """Send events in batches until _STOP, or until the server turns out not to take any."""
+        """Send events in batches until _STOP, or until the server turns out to accept none."""
         channel = self._transport.open_channel()
         more_waiting = False
         try:
@@ -233,7 +237,7 @@ class Reporter:
                     return
                 more_waiting = len(events) == BATCH
         finally:
-            # The server takes no events, or the session is over: later ones are dropped at once.
+            # The server accepts no events, or the session is over: drop all further events.
             with self._lock:
                 self._closed = True
                 while not self._queue.empty():
@@ -241,10 +245,10 @@ class Reporter:
             self._close_transport()
 
     def _next_batch(self, more_waiting: bool) -> Tuple[List[Event], Optional[str]]:
-        """Return the events of the next request, and what ended the wait for more: _FLUSH or _STOP.
+        """Return the events of the next request, and the command that ended the wait, if any.
 
-        Waits for the first event, and then FLUSH_S for others.  If more are *more_waiting* since
-        the last batch, it takes those without any delay.
+        Waits for the first event, and then up to FLUSH_S for others.  With *more_waiting*, events
+        may be left over from the last batch, and it takes what is queued without waiting.
         """
         events: List[Event] = []
         deadline = time.monotonic()
@@ -262,7 +266,7 @@ class Reporter:
         return events, None
 
     def _send(self, events: List[Event], channel: Channel) -> bool:
-        """Send *events*, or drop them; False if there is no point in sending more."""
+        """Send *events*, or drop them; return False if there is no point in sending more."""
         useful = True
         try:
             reply = send_telemetry(

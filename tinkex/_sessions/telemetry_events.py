@@ -1,9 +1,9 @@
 """The events of telemetry, and the errors in them (docs/protocol.md, "Telemetry").  Pure.
 
-Nothing that a user gave us is reported: no keys, tokens or prompts, and neither names nor contents
-of the user's files.  Of an error, its type and status are reported, and the part of our own message
-before it quotes a server or a library; of a traceback, the places in code, with paths inside
-packages only.
+Nothing that the user gave us is reported: no keys, tokens or prompts, and neither the names nor the
+contents of the user's files.  An error is reported with its type, its status and the part of our
+own message before any quote from a server or library; a traceback as a list of places in code, with
+paths relative to their packages.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tinkex.errors import (
     SessionLostError,
 )
 
-#: No text of an event is longer than this, in characters.
+#: The longest text in an event, in characters.
 _MAX_TEXT = 500
 _MAX_FRAMES = 40
 
-#: Folders that packages lie in: what comes after the last of them says which package it is.
+#: Folders that contain packages: the path after the last of them begins with a package's name.
 _PACKAGE_ROOT = re.compile(r"site-packages|dist-packages|python3\.\d+")
 
-#: Errors whose messages hold no value that a user gave, up to the first ": ".
+#: Errors whose messages contain no values from the user before the first ``": "``.
 _OUR_MESSAGES = (
     APIError,
     RequestFailedError,
@@ -47,7 +47,9 @@ Facts = Dict[str, Any]
 
 
 def is_user_error(error: BaseException) -> bool:
-    """True if the user caused it: the server reports so, or a response was 4xx (but not 408)."""
+    """Return whether the user caused *error*: bad input or settings, category ``"user"``, or a 4xx
+    response (but not 408).
+    """
     return any(_is_user_error(found) for found in _chain(error))
 
 
@@ -61,7 +63,7 @@ def _is_user_error(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """*error* and what led to it."""
+    """Yield *error* and the errors that led to it."""
     seen: List[BaseException] = []  # chains can be circular
     found: Optional[BaseException] = error
     while found is not None and found not in seen:
@@ -71,7 +73,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def user_error(error: BaseException) -> Facts:
-    """Data of the generic event ``user_error``."""
+    """Return the data of the generic event ``user_error``."""
     facts: Facts = {"error_type": _type(error)}
     message, status = safe_message(error), getattr(error, "status", None)
     if message:
@@ -82,7 +84,7 @@ def user_error(error: BaseException) -> Facts:
 
 
 def unhandled(error: BaseException) -> Facts:
-    """Fields of an UNHANDLED_EXCEPTION event."""
+    """Return the fields of an UNHANDLED_EXCEPTION event."""
     facts: Facts = {"error_type": _type(error), "error_message": safe_message(error)}
     places = safe_traceback(error.__traceback__)
     if places:
@@ -93,7 +95,9 @@ def unhandled(error: BaseException) -> Facts:
 def failed_request(
     error: BaseException, *, request_id: str, request_type: str, iteration: int, elapsed_s: float
 ) -> Optional[Tuple[str, Facts]]:
-    """Name and data of the event for accepted work that failed; None if it has no event."""
+    """Return the name and data of the event for accepted work that failed; None if *error* has
+    no event.
+    """
     facts: Facts = {"request_id": request_id, "request_type": request_type}
     where: Facts = {"iteration": iteration, "elapsed_time": elapsed_s}
     user = {"is_user_error": is_user_error(error)}
@@ -122,10 +126,10 @@ def failed_request(
 
 
 def safe_message(error: BaseException) -> str:
-    """Our own part of the message of *error*; empty if it may hold a value of the user's.
+    """Return the part of the message that we wrote; empty if it may contain the user's values.
 
-    Our messages quote servers and libraries after ``": "``.  Those about bad input or settings
-    quote the user's own values, and the messages of other errors may hold anything.
+    Our messages quote servers and libraries after ``": "``.  Messages about bad input or settings
+    quote the user's values, and the messages of other errors may contain anything.
     """
     if not isinstance(error, _OUR_MESSAGES):
         return ""
@@ -133,8 +137,8 @@ def safe_message(error: BaseException) -> str:
 
 
 def safe_traceback(trace: Optional[TracebackType]) -> str:
-    """The places in code, outermost first, without the text of the lines."""
-    # By hand: traceback.extract_tb reads the source files.
+    """Return the places in code, outermost first, without the text of the lines."""
+    # Formatted by hand, since traceback.extract_tb reads the source files.
     places = [
         f'File "{package_path(frame.f_code.co_filename)}", line {line}, in {frame.f_code.co_name}'
         for frame, line in traceback.walk_tb(trace)
@@ -143,7 +147,7 @@ def safe_traceback(trace: Optional[TracebackType]) -> str:
 
 
 def package_path(path: str) -> str:
-    """Return *path* from its package on; only the file name if it is in no package."""
+    """Return *path* starting at its package; only the file name if it is not in a package."""
     absolute = os.path.abspath(path)
     if absolute.startswith(_PACKAGE + os.sep):
         return os.path.relpath(absolute, os.path.dirname(_PACKAGE)).replace("\\", "/")

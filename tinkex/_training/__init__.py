@@ -1,1 +1,1 @@
-"""What becomes of a call on a training client."""
+"""Training: from a call on a training client to its requests and results."""

@@ -1,6 +1,6 @@
-"""What becomes of the batch of a pass: how it is cut into requests, and how results are read.
+"""The batch of a pass: cutting it into requests, and reading their results.
 
-Servers report differently; what a caller sees here looks the same everywhere.  No threads.
+Servers report results differently; the outputs returned here look the same for all.  No threads.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=BaseException)
 
-#: With these the run itself is lost, and neither its gradient nor its batches matter any more.
+#: After these errors the run itself is lost, so its gradient and batches no longer matter.
 RUN_LOST = (ClientClosedError, SequenceLostError, SessionLostError)
 
-#: The most bytes of JSON for one byte of a buffer, and for the names of a datum.
+#: The most bytes of JSON per byte of a datum's buffers, and for its field names.
 _JSON_GROWTH = 4
 _JSON_OVERHEAD = 2000
 
-#: How servers name an example of a batch: in a sentence, or as the location of a bad field.
+#: How servers refer to an example of a batch: in a sentence, or as the location of a bad field.
 _INDEX = re.compile(r'(\bdatum |\bdata\[|\bdata\.|"data", ?)(\d+)')
 
 
@@ -68,8 +68,8 @@ class Chunk(NamedTuple):
     """The datums of one request.
 
     Attributes:
-        nbytes: the sum of theirs.
-        first: index of the first one in the caller's batch.
+        nbytes: their total size in bytes.
+        first: index of the first datum in the caller's batch.
     """
 
     data: List[Datum]
@@ -78,7 +78,7 @@ class Chunk(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Index, in the caller's batch, after the last one."""
+        """Index, in the caller's batch, after the last datum."""
         return self.first + len(self.data)
 
 
@@ -89,16 +89,16 @@ def cut(
     first: int = 0,
     breaks: Collection[int] = (),
 ) -> List[Chunk]:
-    """Cut a batch, or its datums from index *first* on, into requests as large as possible.
+    """Cut *data*, which is a batch from its index *first* on, into requests as large as possible.
 
-    None of them goes across an index of the batch that is in *breaks*.
+    A new request begins at each index of the batch that is in *breaks*.
 
-    A limit in bytes is one of the bodies, so they are measured in the encoding that they will
-    have; while *codec* is not known (None), in the larger of the two.
+    The server limits the bytes of request bodies, so datums are measured in the encoding in which
+    they will be sent, or in the larger of both encodings while *codec* is not known (None).
     """
     limit = flags.fwdbwd_max_chunk_bytes_count
     sizes = nbytes = [datum.nbytes for datum in data]
-    # Measuring JSON means writing it, so that is done only for batches that may exceed the limit.
+    # Measuring JSON means writing it, so it is done only for batches that may exceed the limit.
     json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
     if (codec is None or codec.name == JSON.name) and json_at_most > limit:
         sizes = [_json_size(datum) for datum in data]
@@ -110,26 +110,26 @@ def cut(
 def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
     """Raise InvalidInputError, with the index, if a datum of *chunks* cannot be encoded.
 
-    For batches in several requests: otherwise some would be sent before one is found that cannot
-    be.  *codec* is None while the server's encoding is not known; protobuf is tried first then.
+    For batches in several requests, some of which would otherwise be sent before the bad one is
+    found.  *codec* is None while the server's encoding is not known; protobuf will be tried first.
     """
     codec = codec or codec_for(PROTOBUF_CONTENT_TYPE)
     for chunk in chunks:
         try:
-            # In protobuf this copies no arrays: the parts refer to those of the datums.
+            # In protobuf this copies no arrays: the parts refer to the datums' own.
             codec.forward_backward_parts(ForwardBackwardRequest("", 1, chunk.data, ""))
         except InvalidInputError as error:
             raise _with_index(error, chunk, codec) from error
 
 
 def _with_index(error: InvalidInputError, chunk: Chunk, codec: Codec) -> InvalidInputError:
-    """*error* of encoding *chunk*, with the index of the datum that it is about."""
+    """Return *error*, raised by encoding *chunk*, with the index of the datum at fault."""
     for index, datum in enumerate(chunk.data, chunk.first):
         try:
             codec.forward_backward_parts(ForwardBackwardRequest("", 1, [datum], ""))
         except InvalidInputError as found:
             return InvalidInputError(f"data[{index}]: {found.message}", hint=found.hint)
-    return error  # it is about all of them, such as their size
+    return error  # it is about the chunk as a whole, such as its size
 
 
 def _json_size(datum: Datum) -> int:
@@ -142,10 +142,10 @@ def _json_size(datum: Datum) -> int:
 def in_indices_of_batch(error: E, first: int, stop: int) -> E:
     """Return *error*, which is about ``data[first:stop]`` of a batch, in the caller's terms.
 
-    An index that the server counted from the beginning of its request is counted from the
-    beginning of the batch.
+    Indices in its message count from the start of the request; they are changed to count from the
+    start of the batch.
     """
-    # The first request begins where the batch does; the loss of a run is not about an example.
+    # The first request starts where the batch does, and the loss of a run is not about an example.
     if not isinstance(error, TinkexError) or isinstance(error, RUN_LOST) or first == 0:
         return error
 
@@ -165,12 +165,12 @@ def read_pass(
 ) -> ForwardBackwardOutput:
     """Decode the result of a pass over *chunk*.
 
-    Where the server does not report ``loss:sum``, it is computed from the logprobs, for the two
-    losses that need no more: see `cross_entropy` and `importance_sampling`.
-    Logprobs that are NaN or null stay NaN, with one warning.
+    If the server does not report ``loss:sum``, it is computed from the logprobs, for the two losses
+    that need nothing else: see `cross_entropy` and `importance_sampling`.  Logprobs that are NaN or
+    null stay NaN, with one warning.
 
     Raises:
-        ResponseDecodeError: it is malformed, or has not one output for each datum.
+        ResponseDecodeError: the result is malformed, or does not have one output per datum.
     """
     data = chunk.data
     output = codec_for(reply.content_type).decode_output(reply.body)
@@ -178,12 +178,12 @@ def read_pass(
         raise ResponseDecodeError(
             f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
             f"{_count(data, 'datum')}",
-            hint="The result was damaged on its way, or the server is at fault. A backward "
-            "pass was done all the same: the same call again would add the gradient twice.",
+            hint="The result was damaged in transit, or the server is at fault. A backward pass "
+            "was still done: making the same call again would add its gradient twice.",
         )
     with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
     logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
-    # Searched only until the warning was shown: that takes time for every result of a run.
+    # Searched only until the warning is shown, because searching every result takes time.
     found = None if nan_warning.shown else first_where(np.isnan, logprobs)
     if found is not None:
         nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
@@ -203,8 +203,8 @@ def cross_entropy(
 ) -> Optional[float]:
     """Return -sum(weights * logprobs) of *data*; None if *outputs* do not fit.
 
-    Weights are 1 where there are none.  Where one is 0 the logprob does not matter, not even if
-    it is NaN.
+    Without weights, all weights are 1.  Where a weight is 0, the logprob is ignored, even if it is
+    NaN.
     """
     total = 0.0
     for datum, logprobs in _with_logprobs(data, outputs):
@@ -223,7 +223,7 @@ def importance_sampling(
 ) -> Optional[float]:
     """Return -sum(exp(logprobs - the sampler's) * advantages); None if *outputs* do not fit.
 
-    Where an advantage is 0 the logprobs do not matter.
+    Where an advantage is 0, the logprobs are ignored.
     """
     total = 0.0
     for datum, logprobs in _with_logprobs(data, outputs):
@@ -237,7 +237,7 @@ def importance_sampling(
         # Selected as in `cross_entropy`: 0 times NaN, or times an infinite ratio, is NaN.
         counted = gains != 0
         steps = logprobs[counted] - sampled._dense().astype(np.float64)[counted]
-        with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond measure is infinite
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflowing ratio is infinite
             total -= float(np.dot(np.exp(steps), gains[counted]))
     return total
 
@@ -248,8 +248,8 @@ _LOSSES = {"cross_entropy": cross_entropy, "importance_sampling": importance_sam
 def _with_logprobs(
     data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
 ) -> Iterator[Tuple[Datum, Optional[npt.NDArray[np.float64]]]]:
-    """Each datum with the logprobs of its output, None where there are none."""
+    """Yield each datum with the logprobs of its output, or None if it has none."""
     for index, datum in enumerate(data):
         found = outputs[index].get("logprobs") if len(outputs) == len(data) else None
-        # In float64, because sums over many tokens lose digits in float32.
+        # As float64, because sums over many tokens lose digits in float32.
         yield datum, None if found is None else found._dense().astype(np.float64)

@@ -15,10 +15,10 @@ from tinkex.types.tensor_data import first_where
 
 logger = logging.getLogger(__name__)
 
-#: Loss inputs that have one entry per input token, in every server that knows them.
+#: Loss inputs that have one entry per input token, on every server that knows them.
 _PER_TOKEN = frozenset(INPUT_DTYPES)
 
-#: Other names of loss inputs that were compared with these; there are few.
+#: Other names of loss inputs that were already checked for a misspelling; there are few.
 _checked_names: Set[str] = set()
 
 
@@ -40,8 +40,9 @@ def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
     """Return a snapshot of *data*.
 
     Raises:
-        InvalidInputError: it is empty, holds something else than Datum, an empty input, a
-            per-token loss input of the wrong length, or NaN or infinity; or the loss is no name.
+        InvalidInputError: *data* is empty; or an element of it is not a Datum, has an empty
+            model_input, or has a loss input of the wrong length or with NaN or infinity; or
+            *loss_fn* is not a name.
     """
     if not isinstance(loss_fn, str) or not loss_fn:
         raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
@@ -50,7 +51,7 @@ def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
             f"the batch is {a_type(data)}; it must be a list of Datum",
             hint="A single example is a batch of one: [datum].",
         )
-    # The batch is encoded later, in another thread, and callers may change their lists meanwhile.
+    # The batch is encoded later, in another thread; until then the caller may change its lists.
     batch = [_snapshot(index, datum) for index, datum in enumerate(data)]
     if not batch:
         raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
@@ -66,7 +67,7 @@ def as_loss_config(
     """Return a copy of *loss_fn_config* with Python's own int, float and str.
 
     Raises:
-        InvalidInputError: it does not map names to finite numbers and strings.
+        InvalidInputError: *loss_fn_config* does not map names to finite numbers and strings.
     """
     if not isinstance(loss_fn_config, (Mapping, type(None))):
         raise InvalidInputError(f"loss_fn_config is {a_type(loss_fn_config)}; it must be a dict")
@@ -107,7 +108,7 @@ def _check_lengths(index: int, datum: Datum) -> None:
     what = f"{length} tokens"
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None and 0 < len(targets) < length and not _lacks_one(datum, targets):
-        # Of a response only: some servers align loss inputs with the end of the input tokens.
+        # Targets for the response alone: some servers align loss inputs with the end of the input.
         length, what = len(targets), f"{len(targets)} target tokens"
     for name, tensor in datum.loss_fn_inputs.items():
         if name not in _PER_TOKEN:
@@ -122,8 +123,8 @@ def _check_lengths(index: int, datum: Datum) -> None:
 
 
 def _lacks_one(datum: Datum, targets: TensorData) -> bool:
-    """True if *targets* are the input tokens without the first or the last."""
-    # A common mistake: the targets were shifted, and the input was not cut to their length.
+    """Whether *targets* are the input tokens without the first or the last one."""
+    # A common mistake: the targets were shifted, but the input was not cut to their length.
     tokens, given = datum.model_input.to_numpy(), targets.to_numpy()
     return np.array_equal(given, tokens[1:]) or np.array_equal(given, tokens[:-1])
 
@@ -132,7 +133,7 @@ def _warn_if_misspelt(name: str) -> None:
     """Warn, once, about a loss input that seems misspelt: a server may ignore it silently."""
     import difflib
 
-    # Not locked: adding is atomic, and at worst two threads warn of the same name.
+    # Not locked: adding is atomic, and at worst two threads warn about the same name.
     _checked_names.add(name)
     for known in difflib.get_close_matches(name, sorted(_PER_TOKEN), 1, 0.8):
         logger.warning(
@@ -165,10 +166,10 @@ def _check_numbers(batch: Sequence[Datum]) -> None:
 
 
 class MistakeWatch:
-    """Warns once of each kind of mistake.  Thread-safe, but two racing threads may both warn.
+    """Warns once about each kind of mistake.  Thread-safe, but two racing threads may both warn.
 
     Args:
-        owner: whose batches they are: ``"run ..."``.
+        owner: the owner of the batches, for messages: ``"run ..."``.
     """
 
     def __init__(self, owner: str) -> None:
@@ -184,7 +185,7 @@ class MistakeWatch:
                     return
 
     def check_weights(self, data: Sequence[Datum]) -> None:
-        """Warn if all datums of a batch to be trained on have weights, and all of these are 0."""
+        """Warn if every datum of a training batch has weights, and all of the weights are 0."""
         if _ZERO_WEIGHTS not in self._warned and all(map(_has_zero_weights, data)):
             self._warn(_ZERO_WEIGHTS, len(data))
 
@@ -201,9 +202,9 @@ def _is_unshifted(datum: Datum) -> bool:
         return False
     first = as_kept(chunks[0], "tokens_np")
     if not len(first) or not targets.values.size or first[0] != targets.values[0]:
-        return False  # nearly always, at the cost of one comparison
+        return False  # nearly always decides, at the cost of one comparison
     tokens = datum.model_input.to_numpy()
-    # One token repeated is the same when it is shifted.
+    # If the input repeats a single token, shifted targets look the same.
     return np.array_equal(targets.to_numpy(), tokens) and bool(np.any(tokens != tokens[0]))
 
 
@@ -213,14 +214,17 @@ def _has_zero_weights(datum: Datum) -> bool:
 
 
 def check_ttl(ttl_seconds: Any) -> Optional[int]:
-    """Return *ttl_seconds* as an int, 1 or more, or None; InvalidInputError if it is neither."""
+    """Return *ttl_seconds* as an int, 1 or more, or None; otherwise raise InvalidInputError."""
     if ttl_seconds is None:
         return None
     return as_int("ttl_seconds", ttl_seconds, 1, otherwise=", or None")
 
 
 def check_token(weights_access_token: Any) -> Optional[str]:
-    """Return a token without whitespace around it, or None; InvalidInputError if it is not one."""
+    """Return the token without whitespace around it, or None.
+
+    Raises InvalidInputError if it is not a valid token.
+    """
     if weights_access_token is None:
         return None
     if not isinstance(weights_access_token, str):
@@ -235,7 +239,9 @@ def check_token(weights_access_token: Any) -> Optional[str]:
 
 
 def check_name(name: object) -> str:
-    """Return the name of a checkpoint, without whitespace around it, as from a file.
+    """Return the name of a checkpoint without surrounding whitespace.
+
+    A name read from a file often ends with a line break.
 
     Raises:
         InvalidInputError: *name* cannot name a checkpoint.
@@ -255,7 +261,7 @@ def check_name(name: object) -> str:
 
 
 def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[str, str]]:
-    """Return a copy of *user_metadata*; InvalidInputError unless it maps strings to strings."""
+    """Return a copy; raise InvalidInputError unless *user_metadata* maps strings to strings."""
     if user_metadata is None:
         return None
     if not isinstance(user_metadata, Mapping):
@@ -269,7 +275,7 @@ def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[
 
 
 def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]:
-    """Return a copy of age *recipients*; InvalidInputError unless it is a list of strings."""
+    """Return a copy; raise InvalidInputError unless *recipients* is a list of strings."""
     if recipients is None:
         return None
     is_list = isinstance(recipients, Iterable) and not isinstance(recipients, str)

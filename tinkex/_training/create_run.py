@@ -1,9 +1,9 @@
 """How a run is created: with a new adapter, or from a checkpoint.
 
-The hosted service takes one request for a run from a checkpoint (docs/protocol.md, "Loading
-weights", form 1).  Others refuse that: there the run is created first, with what weights_info
-reports about the checkpoint, and the checkpoint loaded by the run's first request (form 2).  What a
-server does is remembered.
+The hosted service creates a run from a checkpoint with one request (docs/protocol.md, "Loading
+weights", form 1).  Servers that refuse this form take two: the first creates the run with the
+settings that weights_info reports about the checkpoint, and the run's first request loads the
+checkpoint (form 2).  The client remembers which form the server accepts.
 
 Everything here blocks; it runs on a session's background threads.
 """
@@ -52,16 +52,16 @@ logger = logging.getLogger(__name__)
 
 W = TypeVar("W", bound=Wire)
 
-#: Fields that only one of the two forms has: an error about one of them is about the form.
+#: Fields that only one of the two forms has: an error about one of them concerns the form.
 _FORM_FIELDS = ("model_id", "session_id", "model_seq_id", "base_model", "user_metadata")
 
-# An error of pydantic, whose text also repeats the body that was sent, and so all field names.
+# The field at fault in an error of pydantic, whose text repeats the body with all field names.
 _FAULT_AT = re.compile(r'"loc":\s*\[[^\]]*"(\w+)"\s*\]')
 
 
 @dataclasses.dataclass(frozen=True)
 class NewRun:
-    """A run that was created; its next request has the ``seq_id`` *next_seq_id*."""
+    """A newly created run; its next request has the ``seq_id`` *next_seq_id*."""
 
     model_id: str
     base_model: Optional[str]
@@ -71,9 +71,9 @@ class NewRun:
 def prepare_run(
     runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]
 ) -> Callable[[], NewRun]:
-    """Return what creates the run, for a background thread.
+    """Return a function that creates the run, for a background thread.
 
-    Its ``model_seq_id`` is taken now, so that runs are numbered in the order of calls.
+    The run's ``model_seq_id`` is taken now, so that runs are numbered in call order.
     """
     runtime.ensure_open(source.kind)
     return functools.partial(source.create, runtime, runtime.session.next_model_seq_id())
@@ -84,7 +84,7 @@ class NewAdapter:
     """A run to be created with a new adapter.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_lora_training_client"
@@ -125,7 +125,7 @@ class FromCheckpoint:
         optimizer: also restore the optimizer's state.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_training_client_from_state"
@@ -147,11 +147,11 @@ class FromCheckpoint:
         set_field(self, "optimizer_config", optimizer_config_to_wire(self.optimizer_config))
 
     def create(self, runtime: Runtime, model_seq_id: int) -> NewRun:
-        """Create the run, number *model_seq_id* of its session, in the way that the server has.
+        """Create the run, number *model_seq_id* of its session, in the form the server accepts.
 
         Raises:
-            APIStatusError: the server refuses both ways, or cannot report what the checkpoint was
-                trained from and no base model was given.
+            APIStatusError: the server refuses both forms; or it cannot report the checkpoint's base
+                model, and none was given.
             RequestFailedError: the checkpoint could not be loaded.
         """
         server, session_id = runtime.transport.server, runtime.session.session_id
@@ -166,20 +166,21 @@ class FromCheckpoint:
                 **vars(self),
             )
         except APIStatusError as error:
-            # Some servers respond with a plain 500 to a form that they do not know.
-            # Once a server has accepted the form, a 500 is a failure like any other.
+            # Some servers respond with a plain 500 to a form that they do not know.  If a server
+            # has accepted the form before, a 500 is a failure like any other.
             crashed = error.status == 500 and server.creates_runs_by_loading is None
             if not (crashed or _refuses_form(error)):
                 raise
             logger.info("%s; falling back to create_model + load_weights", error.message)
             created = self._after_refusal(runtime, model_seq_id, error)
-            # Only now: had this way failed too, the refusal may have been about the checkpoint.
+            # Noted only now: had the other form failed, too, the refusal may have been about the
+            # checkpoint.
             server.creates_runs_by_loading = False
             return created
-        # Before the result is known: what was accepted has the right form, even if loading fails.
+        # Noted before the result: an accepted request has the right form, even if loading fails.
         server.creates_runs_by_loading = True
         loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
-        # All servers make the id like this, also those that do not send it (docs/protocol.md,
+        # All servers form the id like this, even those that do not send it (docs/protocol.md,
         # "Training runs").
         model_id = loaded.model_id or accepted.model_id
         return NewRun(model_id or f"{session_id}:train:{model_seq_id}", self.base_model)
@@ -194,17 +195,17 @@ class FromCheckpoint:
             raise error from refusal
 
     def _in_two_requests(self, runtime: Runtime, model_seq_id: int) -> NewRun:
-        """Create the run, then load the checkpoint by its first request."""
+        """Create the run, then load the checkpoint with its first request."""
         info = self._weights_info(runtime)
         base_model = self.base_model or info.base_model
-        # Under the model_seq_id of the request that was refused: if the server has made a run of
-        # that after all, it will not make a second one.
+        # Under the model_seq_id of the refused request: if that request has created a run after
+        # all, the server will not create a second one.
         adapter = NewAdapter(
             base_model, _lora_of(info), self.user_metadata, self._optimizer_config(info)
         )
         created = adapter.create(runtime, model_seq_id)
         try:
-            # The run has no queue yet that would number its requests: its queue will begin at 2.
+            # The run has no queue yet to number its requests; the queue will begin at 2.
             accepted = api.submit(
                 runtime.transport,
                 "load_weights",
@@ -218,7 +219,8 @@ class FromCheckpoint:
         except TinkexError as error:
             if info.lora_rank is None:
                 error.hint = error.hint or self._name_the_rank(base_model)
-            # No client refers to the run: it would take the server's memory until the session ends.
+            # No client refers to the run, which would use the server's memory until the session
+            # ends.
             _unload(runtime, created.model_id)
             raise
         return dataclasses.replace(created, next_seq_id=2)
@@ -233,15 +235,15 @@ class FromCheckpoint:
                     f"base_model=. {self._name_the_rank('<base model>')}"
                 )
                 raise
-        # With a base model the run can be made all the same, at the default rank of `LoraConfig`.
+        # With a base model the run can still be created, with the default rank of `LoraConfig`.
         logger.info("the server does not report the rank of %s; using 32", self.path)
         return WeightsInfoResponse(self.base_model, is_lora=True)
 
     def _optimizer_config(self, info: WeightsInfoResponse) -> Optional[OptimizerConfig]:
-        """The given optimizer; else the checkpoint's own, unless it is the default."""
+        """Return the given optimizer, or else the checkpoint's own unless it is the default."""
         if self.optimizer_config is not None:
             return self.optimizer_config
-        # The default is left out because some servers reject fields that they do not know
+        # The default is omitted because some servers reject fields that they do not know
         # (docs/protocol.md, "Bodies").
         own = info.optimizer_config or {}
         return own if self.optimizer and own.get("type", "adamw") != "adamw" else None
@@ -261,13 +263,13 @@ def wait_for_result(
     future: APIFuture[W] = runtime.poller.new_future(kind)
     decode = functools.partial(read, response_type, name=kind)
     request = AcceptedRequest(future, decode, "a new run", accepted.request_id)
-    # A lane of its own, since no other result has to come before it.
+    # A lane of its own, because no other result has to come first.
     runtime.poller.watch(f"create {accepted.request_id}", request)
     return future.result()
 
 
 def _refuses_form(error: APIStatusError) -> bool:
-    """Whether *error* is about the form of the request, not about what it asks for."""
+    """Whether *error* is about the form of the request rather than its contents."""
     if error.status not in (400, 422):
         return False
     fields = _FAULT_AT.findall(error.message)
@@ -291,5 +293,5 @@ def _unload(runtime: Runtime, model_id: str) -> None:
     try:
         api.unload_model(runtime.transport, model_id)
     except TinkexError as error:
-        # Not raised: the caller is about to raise why the checkpoint could not be loaded.
+        # Not raised: the caller is about to raise the reason why the checkpoint was not loaded.
         logger.debug("run %s stays on the server: %s", model_id, error)

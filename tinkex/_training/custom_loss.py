@@ -1,9 +1,8 @@
-"""Custom losses: the loss is computed here with torch, only its gradient goes to the server.
+"""Custom losses: computed here with torch; only their gradients go to the server.
 
-The gradient of any function of the logprobs is the gradient of sum(-weights * logprobs) with
-weights = -d loss / d logprobs, which is what cross_entropy trains on
-(docs/protocol.md, "Custom losses").
-torch is imported when a loss is computed.
+The gradient of any function of the logprobs equals the gradient of sum(-weights * logprobs) with
+weights = -d loss / d logprobs, and that sum is the loss cross_entropy (docs/protocol.md, "Custom
+losses").  torch is imported when a loss is computed.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
     from tinkex._training.loss_tracing import LossGraph
     from tinkex._training.run import TrainingRun
 
-#: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape
+#: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32, with the shape
 #: of data[i]'s target_tokens.
 CustomLoss = Callable[
     [Sequence[Datum], "List[torch.Tensor]"], "Tuple[torch.Tensor, Optional[Mapping[str, Any]]]"
 ]
 
-#: ``loss(logprobs, ...)`` of one datum -> a scalar tensor and metrics; the further parameters are
+#: ``loss(logprobs, ...)`` of one datum -> a scalar tensor and metrics; the other parameters are
 #: loss inputs of the datum, by name.  For `ServiceClient.create_custom_loss`.
 PerDatumLossFn = Callable[..., "Tuple[torch.Tensor, Mapping[str, Any]]"]
 
@@ -39,14 +38,14 @@ PerDatumLossFn = Callable[..., "Tuple[torch.Tensor, Mapping[str, Any]]"]
 class LossHandle:
     """A traced loss: made by `ServiceClient.create_custom_loss`, for `forward_backward_custom`.
 
-    Where the server has accepted it, the entire pass runs there; elsewhere it is computed here.
-    Thread-safe if its function is.
+    If the server has accepted the loss, the entire pass runs there; otherwise the loss is computed
+    here.  Thread-safe if its function is.
 
     Attributes:
-        name: of the function.
-        inputs: its parameters, with the ranks given for them.
+        name: the name of the function.
+        inputs: the parameters of the function, with the ranks given for them.
         graph: the trace, as it is sent.
-        loss_id: the server's id, or None if the server does not have it.
+        loss_id: the server's id of the loss, or None if the server has not accepted it.
         session_id: the session that the id belongs to.
     """
 
@@ -69,14 +68,14 @@ class LossHandle:
         return self
 
     def is_at_server(self, session_id: str) -> bool:
-        """Whether the server computes it, for runs of that session."""
+        """Whether the server computes this loss for runs of session *session_id*."""
         return self.loss_id is not None and self.session_id == session_id
 
     def check(self, data: Sequence[Datum]) -> None:
         """Raise InvalidInputError unless every datum has the inputs, of the ranks given."""
         for index, datum in enumerate(data):
             for entry in self.inputs:
-                # Logprobs have the rank of the tokens that they belong to.
+                # The logprobs have the same rank as the target tokens.
                 name = "target_tokens" if entry.name == "logprobs" else entry.name
                 tensor = datum.loss_fn_inputs.get(name)
                 if tensor is None:
@@ -92,7 +91,7 @@ class LossHandle:
     def __call__(
         self, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
     ) -> Tuple[torch.Tensor, Dict[str, float]]:
-        """Compute the loss here: the sum over the datums, and their metrics, summed or averaged."""
+        """Compute the loss here: summed over the datums, with metrics summed or averaged."""
         if not data or len(data) != len(logprobs):
             raise InvalidInputError(f"{len(data)} data with {len(logprobs)} rows of logprobs")
         results = [self._one(datum, row) for datum, row in zip(data, logprobs)]
@@ -108,7 +107,7 @@ class LossHandle:
 
     def _one(self, datum: Datum, row: torch.Tensor) -> Tuple[torch.Tensor, Mapping[str, Any]]:
         tensors = []
-        # The first parameter is `logprobs`, which *row* is.
+        # *row* is the argument for the first parameter, `logprobs`.
         for entry in self.inputs[1:]:
             tensor = datum.loss_fn_inputs[entry.name].to_torch()
             tensors.append(tensor.reshape(()) if entry.rank == 0 else tensor)
@@ -127,7 +126,7 @@ class LossHandle:
 
 
 def require_torch(what: str) -> None:
-    """Raise ConfigError, naming *what* needs it, if torch is not installed."""
+    """Raise ConfigError if torch is not installed; the message names *what* needs it."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -142,7 +141,7 @@ def check_custom_batch(data: Sequence[Datum], loss_fn: CustomLoss) -> None:
 
     Raises:
         ConfigError: torch is not installed.
-        InvalidInputError: a datum has no target tokens, or not what a `LossHandle` needs.
+        InvalidInputError: a datum lacks target tokens, or an input that a `LossHandle` needs.
     """
     if not callable(loss_fn):
         raise InvalidInputError(
@@ -158,11 +157,11 @@ def check_custom_batch(data: Sequence[Datum], loss_fn: CustomLoss) -> None:
 
 
 def forward_data(data: Sequence[Datum]) -> List[Datum]:
-    """The batch of the first pass, which asks for logprobs: target tokens and weights only."""
+    """Return the batch of the first pass, for the logprobs: only target tokens and weights."""
     forward: List[Datum] = []
     for datum in data:
         weights = datum.loss_fn_inputs.get("weights")
-        if weights is None:  # zeros, since the loss of this pass is not used
+        if weights is None:  # zeros, because the loss of this pass is not used
             shape = datum.loss_fn_inputs["target_tokens"].shape
             weights = TensorData(np.zeros(shape, np.float32))
         forward.append(_weighted(datum, weights))
@@ -172,21 +171,21 @@ def forward_data(data: Sequence[Datum]) -> List[Datum]:
 def gradient_data(
     data: Sequence[Datum], output: ForwardBackwardOutput, loss_fn: CustomLoss
 ) -> Tuple[List[Datum], Dict[str, Any]]:
-    """Compute the loss and return the batch of the second pass, and the user's metrics.
+    """Compute the loss; return the batch of the second pass, and the user's metrics.
 
     Raises:
-        InvalidInputError: the loss is no scalar, or does not depend on the logprobs, or tries to
-            end the program.
+        InvalidInputError: the loss is not a scalar or does not depend on the logprobs, its gradient
+            is not finite, or *loss_fn* tries to end the program.
     """
     import torch
 
-    # Copied, because the rows are views of the result, which a loss could change in place.
+    # Copied, because the rows are views of the result, and a loss might change them in place.
     leaves = [torch.from_numpy(row.copy()).requires_grad_() for row in _logprobs(data, output)]
     try:
         returned = loss_fn(data, leaves)
     except Exception:
         raise
-    except BaseException as error:  # SystemExit would end the queue's thread
+    except BaseException as error:  # e.g. SystemExit, which would end the queue's thread
         raise InvalidInputError(f"the custom loss raised {error!r}") from error
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -194,14 +193,14 @@ def gradient_data(
             "a custom loss must return a scalar tensor computed from the logprobs, and metrics",
             hint="Do not detach the logprobs or convert them to numbers on the way.",
         )
-    # Converted before anything is added to the run's gradient, because it may fail.
+    # Converted before anything is added to the run's gradient, because the conversion may fail.
     reported = {**_metrics(metrics or {}), "loss:sum": float(loss.detach())}
-    # With respect to the leaves alone: backward() would also fill .grad of the user's own tensors.
+    # Only with respect to the leaves: backward() would also fill .grad of the user's own tensors.
     gradients = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True)
     weighted: List[Datum] = []
     for datum, leaf, gradient in zip(data, leaves, gradients):
-        # cross_entropy minimizes -sum(weights * logprobs), hence the minus.  None is for a datum
-        # that the loss does not depend on.
+        # cross_entropy minimizes -sum(weights * logprobs), hence the minus sign.  The gradient is
+        # None if the loss does not depend on the datum.
         weights = np.zeros(leaf.shape) if gradient is None else -gradient.numpy()
         if not np.isfinite(weights).all():
             raise InvalidInputError(
@@ -223,19 +222,19 @@ def run_custom_pass(
 ) -> None:
     """Compute *loss_fn* of *data*, and settle *future*; a task for the queue of *run*.
 
-    *breaks* are the indices, in ascending order, at which a new part of the batch begins: each part
-    has requests, and a call of *loss_fn*, of its own.
+    *breaks* are the indices, in ascending order, at which a new part of the batch begins.  Each
+    part has its own requests and its own call of *loss_fn*.
 
-    A failure, or a cancel, before the backward pass leaves the run as it was.  The backward pass is
-    like that of any batch: see `TrainingRun.send_gradient`.
+    If the call fails or is cancelled before the backward pass, the run is unchanged.  The backward
+    pass is like that of any batch: see `TrainingRun.send_gradient`.
     """
     if not future.begin():  # cancelled while it was queued
         return
-    # All on the queue's thread: a request of the run that came between the two passes might change
-    # the weights that the logprobs are of.
+    # Both passes run in one task of the queue's thread: a request between them might change the
+    # weights that the logprobs were computed with.
     run.ensure_trainable()
-    # The forward pass has a future of its own: without this, a cancel during it would be taken for
-    # that of a call that was never sent, and cost nothing of the budget.
+    # The forward pass has its own future.  If *future* still counted as unsent, cancelling it
+    # during that pass would use none of the budget.
     future.enter("submitting")
     surrogate = Loss("cross_entropy")
     output = run.run_pass("forward", forward_data(data), surrogate, breaks)
@@ -251,7 +250,7 @@ def _gradient_of_parts(
     loss_fn: CustomLoss,
     breaks: Sequence[int],
 ) -> Tuple[List[Datum], Dict[str, Any]]:
-    """Like `gradient_data`, with a call of *loss_fn* for each part; their metrics are combined."""
+    """Like `gradient_data`, but call *loss_fn* once for each part, and combine the metrics."""
     if not breaks:
         return gradient_data(data, output, loss_fn)
     weighted: List[Datum] = []
@@ -260,8 +259,8 @@ def _gradient_of_parts(
         outputs = output.loss_fn_outputs[start:stop]
         part, metrics = gradient_data(data[start:stop], ForwardBackwardOutput(outputs, {}), loss_fn)
         weighted += part
-        # As results of passes, so that `combine` joins the metrics by their reductions, and weights
-        # means by the number of datums.
+        # Wrapped as results of passes, so that `combine` joins the metrics by their reductions, and
+        # weights means by the number of datums.
         reported.append(ForwardBackwardOutput(outputs, metrics))
     return weighted, dict(combine(reported).metrics)
 
@@ -269,10 +268,10 @@ def _gradient_of_parts(
 def _join(
     metrics: Mapping[str, Any], outputs: List[ForwardBackwardOutput]
 ) -> ForwardBackwardOutput:
-    """The server's outputs with the user's metrics; the server's loss becomes surrogate_loss."""
+    """Return the server's outputs with the user's metrics; rename the server's own loss."""
     output = combine(outputs)
     merged: Dict[str, Any] = dict(output.metrics)
-    # It is the surrogate's: only its gradient is that of the user's loss, not its value.
+    # It is the surrogate's loss, which equals the user's loss in gradient but not in value.
     if "loss:sum" in merged:
         merged["surrogate_loss:sum"] = merged.pop("loss:sum")
     merged.update(metrics)
@@ -280,7 +279,7 @@ def _join(
 
 
 def _number(value: Any) -> float:
-    # torch warns where a number is taken from a tensor that has a gradient.
+    # torch warns if a number is taken from a tensor that has a gradient.
     return float(value.detach() if hasattr(value, "detach") else value)
 
 
@@ -293,7 +292,7 @@ def _metrics(metrics: Any) -> Dict[str, Any]:
 
 
 def _metric(value: Any) -> Any:
-    """Return *value* as a float if it is one number, also in a tensor; otherwise as it is."""
+    """Return *value* as a float if it is a number or a one-element tensor; else unchanged."""
     if hasattr(value, "detach"):
         value = value.detach()  # the result must not keep the graph alive
     if isinstance(value, (str, bytes, bytearray)):  # float() would parse them
@@ -305,7 +304,7 @@ def _metric(value: Any) -> Any:
 
 
 def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> List[Any]:
-    """Return the logprobs as float32 arrays, each of the shape of its datum's target tokens."""
+    """Return the logprobs as float32 arrays, each with the shape of its datum's target tokens."""
     outputs = output.loss_fn_outputs
     if len(outputs) != len(data) or not all("logprobs" in fields for fields in outputs):
         raise ResponseDecodeError(

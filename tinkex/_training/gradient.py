@@ -1,8 +1,8 @@
-"""Gradient: which batches in several requests a run's gradient holds, and which of them in part.
+"""Gradient: tracks whether batches in several requests were added to a run's gradient in full.
 
-Either all requests of a batch are done, or the run must know: an optimizer step would train on a
-part of the batch, and one after the same call again on that part twice, without an error.  The same
-call again therefore sends only what is missing.
+If only some requests of a batch are done, the run must know: an optimizer step would silently train
+on a part of the batch, and after a repeated call it would train on that part twice.  A repeated
+call therefore sends only the missing requests.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ Output = ForwardBackwardOutput
 Part = APIFuture[Output]
 
 _HOW_TO_DROP = (
-    "save_state still saves weights and optimizer state as they were; load that checkpoint with "
-    "load_state_with_optimizer(path), or into a new run with "
+    "To drop the gradient, save the unchanged weights and optimizer state with save_state, and "
+    "load that checkpoint with load_state_with_optimizer(path), or into a new run with "
     "create_training_client_from_state_with_optimizer(path)."
 )
 
 
 class Gradient:
-    """The state of one run's gradient, as far as its next request depends on it.
+    """The state of one run's gradient, as far as the run's next request depends on it.
 
-    Used by the queue's thread alone.  Batches in one request are added or not; they need no entry.
+    Used only by the queue's thread.  A batch in a single request cannot be added in part, so it
+    needs no entry.
     """
 
     def __init__(self, queue: RunQueue) -> None:
         self._queue = queue
-        self._split: List[SplitBatch] = []  # may not be settled yet
+        self._split: List[SplitBatch] = []  # batches that may not be settled yet
         self._incomplete: List[SplitBatch] = []
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether a batch is known to have been added in part."""
+        """Whether a batch is known to have been added only in part."""
         return bool(self._incomplete)
 
     def add(self, batch: SplitBatch, completed: Optional[SplitBatch] = None) -> None:
-        """Note that *batch* is about to be sent; it takes the place of *completed*, if any."""
+        """Note that *batch* is about to be sent; it replaces *completed*, if any."""
         self._split.append(batch)
         if completed is not None:
-            # Although the rest may fail again: *batch* has the parts of *completed* among its own.
+            # Right even if the rest fails again: *batch* includes the parts of *completed*.
             self._incomplete.remove(completed)
 
     def drop(self) -> None:
@@ -61,9 +62,9 @@ class Gradient:
         self._settle(self._split)
 
     def ensure_complete(self) -> None:
-        """Raise IncompleteGradientError if only a part of a batch was added."""
-        # Once a part has failed, the others are waited for: a request that is sent before they are
-        # settled may make it impossible to complete the batch (`_may_be_completed`).
+        """Raise IncompleteGradientError if a batch was added only in part."""
+        # Once a part has failed, wait for the other parts: a request sent before they are settled
+        # may make it impossible to complete the batch (`_may_be_completed`).
         self._settle([batch for batch in self._split if batch.failing])
         for batch in self._incomplete:
             error = batch.settle()
@@ -71,9 +72,10 @@ class Gradient:
                 raise error
 
     def plan(self, data: List[Datum], loss: Loss) -> Tuple[Optional[SplitBatch], List[Piece]]:
-        """Return how to send *data*, and the batch that is completed by it, if any.
+        """Return the incomplete batch that *data* completes, if any, and how to send *data*.
 
-        Raises IncompleteGradientError if a batch was added in part, and *data* is not its rest.
+        Raises IncompleteGradientError if a batch was added only in part, and *data* does not
+        complete it.
         """
         try:
             self.ensure_complete()
@@ -91,15 +93,15 @@ class Gradient:
             self._queue.wait_for(batch.parts)
         for batch in [batch for batch in self._split if batch.done]:
             self._split.remove(batch)
-            # `_part_settled` may not have run yet: a future wakes its waiters before its callbacks.
+            # `_part_settled` may not have run yet: futures wake waiters before they call callbacks.
             if batch.settle() is not None:
                 self._incomplete.append(batch)
 
 
 class Piece(NamedTuple):
-    """Consecutive datums of a batch, from index *first* on.
+    """Consecutive datums of a batch, starting at index *first*.
 
-    *part* is the request that has added them already, if any.
+    *part* is the future of the request that has already added them, if any.
     """
 
     data: List[Datum]
@@ -108,7 +110,7 @@ class Piece(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a batch consists of: the datums of each request, and the loss."""
+    """The contents of a batch: the datums of each request, and the loss."""
 
     chunks: Sequence[List[Datum]]
     loss: Loss
@@ -120,12 +122,12 @@ class SplitBatch:
     Cancelling *future* does not cancel the requests: the batch is added as a unit.
 
     Args:
-        future: of the batch.
+        future: the future of the batch.
         parts: the futures of its requests, in order.
-        join: makes the result of the batch from theirs.
-        may_repeat: whether a part whose response was lost is executed only once when the same
-            request is made again.
-        contents: what the requests send; None if the same call again would not send the same.
+        join: joins the results of the requests into that of the batch.
+        may_repeat: whether making the same request again is safe for a part whose response was
+            lost, because the server executes it only once.
+        contents: the contents of the requests; None if a repeated call would not send the same.
     """
 
     def __init__(
@@ -154,56 +156,57 @@ class SplitBatch:
 
     @property
     def failing(self) -> bool:
-        """Whether a request has failed, or was cancelled."""
+        """Whether any request has failed or was cancelled."""
         return any(part.failed() for part in self.parts)
 
     def settle(self) -> Optional[IncompleteGradientError]:
-        """Settle the future; return the error if only a part of the batch was added.
+        """Settle the future; return the error if the batch was added only in part.
 
-        All requests must be settled.  More than one call does no harm.
+        All requests must be settled.  Idempotent.
         """
         failures = self._failures()
         errors = [failure for failure in failures if failure is not None]
         if not errors:
             self._succeed()
             return None
-        # Requests are cancelled because an earlier one has failed: that one has the reason.
+        # The others are cancelled once one request has failed, and that one has the reason.
         error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
-        # The plain error is right if nothing was added, as the gradient is then intact, and if the
-        # run is lost, as there is no gradient any more.
+        # The plain error is right if nothing was added, because the gradient is then intact, and if
+        # the run is lost, because its gradient is lost, too.
         if not isinstance(error, RUN_LOST) and not all(map(_left_out, self.parts, failures)):
             error = self._incomplete(failures, error)
         self._future.try_set_exception(error)
         return error if isinstance(error, IncompleteGradientError) else None
 
     def completed_by(self, data: List[Datum], loss: Loss) -> Optional[List[Piece]]:
-        """Return how *data* would complete this batch, of which a part is missing.
+        """Return how *data* would complete this batch, which was added only in part.
 
-        Pieces without a part are to be sent, in order.  None if the gradient would not belong to
-        *data*, or might not.
+        Pieces without a part must be sent, in order.  None if the gradient would not be, or might
+        not be, the gradient of *data*.
         """
         own, failures = self._contents, self._failures()
         if own is None or own.loss != loss or not self._may_be_completed(failures):
             return None
-        # Cut where this batch was: examples that were replaced, or an encoding that is known by
-        # now, would otherwise move the cuts, and the parts would not be those that were added.
+        # Cut *data* where this batch was cut.  Otherwise replaced examples, or an encoding that has
+        # become known since, would move the cuts, and the pieces would not match the added parts.
         pieces: List[Piece] = []
         start = 0
         for part, failure, chunk in zip(self.parts, failures, own.chunks):
             piece = data[start : start + len(chunk)]
-            # What was added, or may have been, must be the same; what was not may differ.
+            # Datums that were added, or may have been, must be the same; others may differ.
             if not _left_out(part, failure) and piece != chunk:
                 return None
             pieces.append(Piece(piece, start, part if failure is None else None))
             start += len(chunk)
-        # Examples beyond those of this batch were never sent.
+        # Examples beyond the end of this batch were never sent.
         pieces.append(Piece(data[start:], start, None))
         return [piece for piece in pieces if piece.data]
 
     def _may_be_completed(self, failures: Sequence[Optional[BaseException]]) -> bool:
-        """Whether the same call again adds what is missing, and nothing twice."""
-        # A part whose response was lost must be the first request of that call: before any other,
-        # the queue would resend it (rule 4 of the seq_ids), and the call would then send it again.
+        """Whether repeating the call adds the missing parts, and no part twice."""
+        # A part whose response was lost must be the first request of the repeated call.  Before any
+        # other request, the queue would resend the lost part (rule 4 of `SequenceRules`), and the
+        # call would then send it once more.
         missing = False
         for part, failure in zip(self.parts, failures):
             if _left_out(part, failure):
@@ -221,7 +224,7 @@ class SplitBatch:
 
     def _succeed(self) -> None:
         self._contents = None  # frees the datums, which may be large
-        # Cancelled, which leaves the requests alone, or settled by an earlier call.
+        # It was cancelled, which does not stop the requests, or settled by an earlier call.
         if self._future.done():
             return
         try:
@@ -236,8 +239,8 @@ class SplitBatch:
         hint = ""
         if self._may_be_completed(failures):
             hint = (
-                "Call forward_backward with the batch again: only what is missing is sent, and an "
-                "example that was refused may be another one. Or drop the gradient: "
+                "Call forward_backward with the batch again to complete the gradient: only the "
+                "missing parts are sent, and a refused example may be replaced. "
             )
         error = IncompleteGradientError(
             f"{failures.count(None)} of {len(self.parts)} parts of a batch were added to the "
@@ -251,7 +254,7 @@ class SplitBatch:
 
 
 def _failure(part: Part) -> Optional[BaseException]:
-    """Return the failure of *part*, which is settled, or None."""
+    """Return the failure of *part*, or None; *part* must be settled."""
     try:
         return part.exception()
     except CancelledError as error:
@@ -259,7 +262,7 @@ def _failure(part: Part) -> Optional[BaseException]:
 
 
 def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
-    """Whether the server has added nothing of *part*, which is settled, for certain."""
+    """Whether the server certainly added nothing of *part*, which must be settled."""
     return failure is not None and left_undone(
         failure, was_sent=part.was_sent, was_accepted=part.was_accepted
     )

@@ -1,6 +1,6 @@
 """Custom losses that the server computes: traced with torch.fx, and uploaded as a graph in JSON.
 
-See docs/protocol.md, "Custom losses".  torch is imported when something is traced.
+See docs/protocol.md, "Custom losses".  torch is imported when a loss is traced.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ logger = logging.getLogger(__name__)
 
 _KIND = "create_custom_loss"
 
-#: Most parameters a loss may have, ``logprobs`` included.
+#: The most parameters that a loss may have, including ``logprobs``.
 MAX_INPUTS = 16
 
 # What the protocol allows (docs/protocol.md, "Custom losses"), checked before anything is sent.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
-#: Where the functions come from that a server can look up by name.
+#: Modules whose functions a server can look up by name.
 _MODULES = ("torch.", "math.", "operator.")
 
-#: Takes a value out of the graph, or works on the autograd state of this process.
+#: Methods that take a value out of the graph, or work on the autograd state of this process.
 _FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
 
-# Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
-# whole modules meanwhile, which two threads in parallel would leave patched.
+# Held while a loss is traced, which runs the user's code: torch.fx temporarily patches functions of
+# whole modules, and two threads that trace at the same time would leave them patched.
 _tracing = threading.Lock()
 
 
@@ -65,7 +65,7 @@ class LossGraph:
     """A traced loss.
 
     Attributes:
-        name: of the function.
+        name: the name of the function.
         inputs: its parameters; the first is ``logprobs``.
         graph: ``{"format": 1, "nodes": [...]}``, plain JSON data.
     """
@@ -81,11 +81,10 @@ def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGr
     Args:
         fn: takes ``logprobs`` and loss inputs of the datum by name, as float32 or int64 tensors;
             returns a scalar tensor and a dict of metrics named ``custom/<name>:sum`` or ``:mean``.
-        input_ranks: number of dimensions of every parameter, 0 to 2 (1 or 2 for ``logprobs``).
+        input_ranks: the number of dimensions of every parameter: 0 to 2 (1 or 2 for ``logprobs``).
 
     Raises:
-        InvalidInputError: *fn* cannot be expressed as a graph; the message says what is in the
-            way.
+        InvalidInputError: *fn* cannot be expressed as a graph; the message says why.
         ImportError: torch is not installed.
     """
     inputs = _inputs(fn, input_ranks)
@@ -100,7 +99,7 @@ def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGr
             hint="Use torch functions of the parameters only; no if, for, float() or print that "
             "depends on their values.",
         ) from error
-    # Without the lock: torch is not patched any more, and the graph is this thread's alone.
+    # Without the lock: torch is no longer patched, and no other thread has the graph.
     nodes = [_node(node) for node in traced.nodes]
     name = str(getattr(fn, "__name__", "custom_loss"))  # a functools.partial has none
     return LossGraph(name, inputs, {"format": 1, "nodes": nodes})
@@ -147,7 +146,7 @@ def _node(node: Any) -> Dict[str, Any]:
     """Return the JSON form of a torch.fx node."""
     if node.op == "get_attr":
         raise InvalidInputError(
-            "the loss uses a tensor that is none of its parameters",
+            "the loss uses a tensor that is not one of its parameters",
             hint="Use a Python number, torch.full_like of a parameter, or one more loss input.",
         )
     if node.op == "call_module":
@@ -240,13 +239,13 @@ def _encode_all(values: Any) -> List[Any]:
 
 
 class LossRegistry:
-    """Makes LossHandles for one session, each loss once.  Thread-safe."""
+    """Creates LossHandles for one session, only one for each loss.  Thread-safe."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         # next() of a count is atomic.  A seq_id is used even if its request fails.
         self._seq_ids = itertools.count()
-        # Guards _known: the graphs of the losses that were made, or are being made.
+        # Guards _known: the graphs of the losses that were created, or are being created.
         self._lock = threading.Lock()
         self._known: Set[bytes] = set()
 
@@ -257,7 +256,7 @@ class LossRegistry:
         self._runtime.ensure_open(_KIND)
         # Without the name: under two names it is still the same loss.
         key = orjson.dumps([graph.inputs, graph.graph])
-        # Registered before the upload, so that of two threads with the same loss one is refused.
+        # Registered before the upload: if two threads create the same loss, one is refused.
         with self._lock:
             known = key in self._known
             self._known.add(key)
@@ -267,16 +266,17 @@ class LossRegistry:
                 hint="Keep the LossHandle and use it for every step.",
             )
         try:
-            # Without the lock: this takes a request and its polls, and others may create losses.
+            # Without the lock: uploading and polling take time, and other threads may create
+            # losses.
             loss_id = self._runtime.run(_KIND, functools.partial(self._upload, graph)).result()
-        except BaseException:  # Ctrl-C too: the caller has no handle, and may try again
+        except BaseException:  # Ctrl-C too: the caller got no handle, and may try again
             with self._lock:
                 self._known.discard(key)
             raise
         return LossHandle(fn, graph, self._runtime.session.session_id, loss_id)
 
     def _upload(self, graph: LossGraph) -> Optional[str]:
-        """Return the server's id of the loss, or None if it takes none.  Blocks."""
+        """Return the server's id of the loss, or None if it takes no custom losses.  Blocks."""
         runtime = self._runtime
         if not self._is_wanted():
             return None
@@ -300,7 +300,7 @@ class LossRegistry:
         return created.loss_id
 
     def _is_wanted(self) -> bool:
-        """Whether the server computes such losses; False if it does not report that."""
+        """Whether the server computes custom losses; False if it does not say so."""
         try:
             return flags_for(self._runtime.transport, once=True).custom_loss_server_side
         except APIError as error:

@@ -1,7 +1,7 @@
-"""The requests of a training run: one class for each kind, with how it is sent and read.
+"""The requests of a training run: one class per kind, which sends the request and reads its result.
 
-A request is made and sent on the thread of the run's queue, and its result is read on a thread of
-the poller.
+A request is created and sent on the thread of the run's queue, and its result is read on a thread
+of the poller.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RunRequest(PendingRequest[T]):
     `send` uses the queue's transport, and may be called again, with another ``seq_id``.
 
     Attributes:
-        queue: sends it.
-        seq_id: what it was sent under last; 0 before.
+        queue: the queue that sends the request.
+        seq_id: the ``seq_id`` it was last sent under; 0 if it was not sent yet.
     """
 
     def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
@@ -57,15 +57,15 @@ class RunRequest(PendingRequest[T]):
         return error
 
     def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if it is going to be resent."""
+        """Return the error to report for *error*, or None if the request will be resent."""
         return self.queue.on_failure(self, error)
 
     def watch(self) -> None:
-        """Report to the queue once the future is settled.  Call it each time it was accepted."""
+        """Report to the queue once the future is settled.  Call this after each acceptance."""
         if not self._is_watched:  # a request that is resent must not be reported twice
             self._is_watched = True
             self.future.on_settled(self._settled)
-        elif self.future.done():  # cancelled just now, before it was in flight again
+        elif self.future.done():  # cancelled while it was being resent, so not yet in flight
             self._settled(self.future)
 
     def _settled(self, future: object) -> None:
@@ -76,18 +76,18 @@ class EndpointRequest(RunRequest[T]):
     """A request in JSON.
 
     Args:
-        fields: of its body, besides ``model_id`` and ``seq_id``.
+        fields: the fields of its body, besides ``model_id`` and ``seq_id``.
     """
 
-    #: What it is sent to.
+    #: The route that the request is sent to.
     route: ClassVar[str]
-    #: What the response is read as.
+    #: The type that the response is read as.
     response_type: ClassVar[Type[Any]]
-    #: All parts of the batches before it must be settled first.
+    #: All parts of earlier batches must be settled before it is sent.
     waits_for_batches: ClassVar[bool] = False
-    #: It must not be sent if only a part of a batch was added to the gradient.
+    #: It must not be sent if a batch was added to the gradient only in part.
     needs_gradient: ClassVar[bool] = False
-    #: Once it is done, the run's gradient is empty.
+    #: It empties the run's gradient.
     drops_gradient: ClassVar[bool] = False
 
     def __init__(self, queue: RunQueue, future: APIFuture[T], fields: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class EndpointRequest(RunRequest[T]):
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         queue = self.queue
-        # Through the queue's transport, whose `SendGate` holds it back while a lost request must be
+        # Through the queue's transport: its `SendGate` holds the request back if a lost one must be
         # resent first.
         return submit(
             queue.transport,
@@ -127,9 +127,9 @@ class SaveState(EndpointRequest[SaveWeightsResponse]):
     response_type = SaveWeightsResponse
 
     def decode(self, reply: Reply) -> SaveWeightsResponse:
-        """Read the result, and remember the path to resume from."""
+        """Read the result, and remember the path as the one to resume from."""
         saved = super().decode(reply)
-        # Noted even if the caller never reads it: the errors of a lost run name it in their hints.
+        # Noted even if the caller never reads the result: if the run is lost, the error names it.
         self.queue.runtime.session.last_checkpoint = saved.path
         return saved
 
@@ -149,10 +149,10 @@ class SaveForSampler(EndpointRequest[SaveWeightsForSamplerResponse]):
 
 
 class SaveAndSample(EndpointRequest[T]):
-    """Saves weights for this session only; the result is what *make_client* makes of their sampler.
+    """Saves weights for this session only; the result is a client of their sampler.
 
     Args:
-        make_client: called with the ``sampling_session_id``.
+        make_client: creates the client; called with the ``sampling_session_id``.
     """
 
     route = "save_weights_for_sampler"
@@ -169,15 +169,15 @@ class SaveAndSample(EndpointRequest[T]):
         self._make_client = make_client
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        # One for all attempts: a repetition under the same seq_id is then the same bytes.  Drawn
-        # here, so that samplers are numbered in the order in which they are made.
+        # All attempts use one number, so that a repetition under the same seq_id is the same bytes.
+        # It is drawn here, so that samplers are numbered in the order in which they are created.
         if "sampling_session_seq_id" not in self._fields:
             sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
             self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
 
     def decode(self, reply: Reply) -> T:
-        """Read the id of the sampler, and make its client."""
+        """Read the id of the sampler, and create its client."""
         saved = read(SaveWeightsForSamplerResponse, reply, self.future.kind)
         if not saved.sampling_session_id:
             raise ResponseDecodeError(
@@ -193,7 +193,7 @@ class SaveExternal(EndpointRequest[SaveWeightsExternalResponse]):
     response_type = SaveWeightsExternalResponse
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it; RouteMissingError where the server does not have the route."""
+        """Send the request; raise RouteMissingError if the server does not have the route."""
         with optional_route(self.queue.transport, f"POST {self.route}"):
             return super().send(channel)
 
@@ -203,18 +203,18 @@ class Load(EndpointRequest[LoadWeightsResponse]):
 
     route = "load_weights"
     response_type = LoadWeightsResponse
-    # Form 2 clears the gradient (docs/protocol.md, "Loading weights"): by then it must be known
-    # which batches are in it in part, so that they can be forgotten.
+    # Form 2 clears the gradient (docs/protocol.md, "Loading weights").  Before it is sent, the
+    # outcome of all batches must be known, so that those added in part can be forgotten.
     waits_for_batches = drops_gradient = True
 
 
 class Pass(RunRequest[ForwardBackwardOutput]):
-    """A forward or backward pass over a batch, or over a part of one; the future's kind is which.
+    """A forward or backward pass over a batch or a part of one; the future's kind says which.
 
     Args:
-        chunk: what it is over.
+        chunk: the datums of the pass.
         nan_warning: shown once, if logprobs are NaN.
-        compress: use zstd, where the encoding allows it.
+        compress: use zstd, if the encoding allows it.
     """
 
     binary = True
@@ -245,10 +245,9 @@ class Pass(RunRequest[ForwardBackwardOutput]):
             self._loss.config,
             forward_only=self.future.kind == "forward",
         )
-        # The wait is here rather than when the call was queued: the bytes of batches that are only
-        # queued do not burden the server.
-        # They are held until it is accepted: only passes on their way to the server are limited
-        # (docs/protocol.md, "Back-pressure").
+        # Wait here rather than in the call that queues the pass, because queued batches do not
+        # burden the server.  The bytes are held until the server accepts the pass: only passes on
+        # their way to it are limited (docs/protocol.md, "Back-pressure").
         batches = queue.runtime.resources.limits.batches
         with batches.holding(chunk.nbytes, self._is_over, self.future):
             return submit_batch(queue.transport, request, compress=self._compress)
@@ -257,7 +256,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         return read_pass(reply, self._chunk, self._loss, self._nan_warning)
 
     def explain(self, error: BaseException) -> BaseException:
-        """Return *error* with the indices of the caller's batch."""
+        """Return *error* with its indices changed to those of the caller's batch."""
         return in_indices_of_batch(error, self._chunk.first, self._chunk.stop)
 
     def _is_over(self) -> bool:

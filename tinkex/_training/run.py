@@ -1,8 +1,8 @@
-"""TrainingRun: the work of one training run, in the order of the calls.
+"""TrainingRun: the requests of one training run, in call order.
 
-Calls return futures without blocking.  The run's queue has the only thread: it sends in call order
-and assigns the sequence numbers (`tinkex._training.sequence`).  `tinkex._training.gradient` keeps
-track of batches of which only a part may have been added to the gradient.
+Calls return futures without blocking.  The only thread is that of the run's queue: it sends
+requests in call order and assigns their sequence numbers (`tinkex._training.sequence`).
+`tinkex._training.gradient` tracks batches that may have been added to the gradient only in part.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Output = ForwardBackwardOutput
 
-#: Makes one result of those of several requests.
+#: Joins the results of several requests into one.
 Join = Callable[[List[Output]], Output]
 
 
 class TrainingRun:
-    """Sends the requests of one run, in the order of the calls.  Thread-safe.
+    """Sends the requests of one run, in call order.  Thread-safe.
 
     Args:
-        first_seq_id: the first one, if some were used while the run was made.
+        first_seq_id: the seq_id of the first request; greater than 1 if creating the run used some.
 
     Attributes:
         model_id: the server's id of the run.
-        last_update: identifies the last request that was queued to change the weights; compared by
-            identity.
-        has_gradient: whether a backward pass was queued since.
-        failed_updates: how many backward passes and changes of the weights have failed, or were
+        last_update: identifies the last queued request that changes the weights; compare it with
+            ``is``.
+        has_gradient: whether a backward pass was queued since that request.
+        failed_updates: how many backward passes and changes of the weights have failed or were
             cancelled.
     """
 
@@ -69,14 +69,14 @@ class TrainingRun:
         self.last_update = object()
         self.has_gradient = False
         self.failed_updates = 0
-        # Weak: a future that the caller drops logs its failure itself.
+        # Weak: if the caller drops the future, the future logs its failure itself.
         self._unread_failure: Optional[weakref.ref[APIFuture[Any]]] = None
         self._runtime = runtime
         self._queue = RunQueue(runtime, model_id, first_seq_id)
         self._nan_warning = NaNWarning(f"run {model_id}")
-        # Used by the queue's thread alone, so without a lock.
+        # Used only by the queue's thread, so without a lock.
         self._gradient = Gradient(self._queue)
-        self._flags: Optional[ServerFlags] = None  # once they are needed
+        self._flags: Optional[ServerFlags] = None  # requested when first needed
 
     # Called from any thread
 
@@ -87,15 +87,15 @@ class TrainingRun:
         *args: Any,
         after: Optional[APIFuture[Any]] = None,
     ) -> APIFuture[T]:
-        """Queue one request, a ``request_type(queue, future, *args)``.
+        """Queue one request, ``request_type(queue, future, *args)``.
 
-        *after* is of an earlier request of this run, without which this one makes no sense: it is
-        cancelled if that one has failed by then, and takes no place of its own among
-        ``max_unread``.
+        *after* is the future of an earlier request of this run that this request depends on.  If
+        that request has failed when this one is about to be sent, this one is cancelled.  A
+        dependent request does not count towards ``max_unread``.
         """
         future = self.queue(kind, self._send_one, request_type, args, after, counted=after is None)
-        # Those that change the weights: a pipeline compares `last_update` to know whether a
-        # checkpoint that is queued now would still be that of its step.
+        # These types change the weights.  A pipeline compares `last_update` to find out whether a
+        # checkpoint queued now would still hold exactly its step.
         if request_type.waits_for_batches:
             self.last_update = object()
             self.has_gradient = False
@@ -103,7 +103,7 @@ class TrainingRun:
         return future
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
-        """Queue unloading the run, once all requests before it are settled."""
+        """Queue unloading the run; it is sent once all earlier requests are settled."""
         return self.queue("unload", self._send_unload)
 
     def queue(
@@ -111,12 +111,12 @@ class TrainingRun:
     ) -> APIFuture[Any]:
         """Have the queue's thread call ``task(future, *args)`` with a new future of *kind*.
 
-        What it raises becomes the future's error.  *counted* as for `Poller.new_future`.
+        If *task* raises, the future fails with its error.  *counted* as for `Poller.new_future`.
         """
         future = self.new_future(kind, counted=counted)
         try:
             self._queue.put(future, task, *args)
-        except BaseException:  # Ctrl-C, at any call: the caller does not get it
+        except BaseException:  # such as Ctrl-C: the caller never gets the future
             future.cancel()
             raise
         if kind in ("forward_backward", "forward_backward_custom"):
@@ -126,24 +126,28 @@ class TrainingRun:
 
     @property
     def has_unread_failure(self) -> bool:
-        """Whether an update has failed, and the caller has kept its future and not read it yet."""
+        """Whether an update has failed whose future the caller still holds and has not read."""
         failed = None if self._unread_failure is None else self._unread_failure()
         return failed is not None and not failed.was_read
 
     def _note_update(self, future: APIFuture[Any]) -> None:
-        """In the thread that settles *future*, of a backward pass or a change of the weights."""
+        """Note a failed backward pass or weight change; called in the thread that settles it."""
         if future.failed():
-            self.failed_updates += 1  # two threads may count one; it is compared for change only
+            # Racing threads may lose a count; readers only check whether the number has changed.
+            self.failed_updates += 1
             if not future.cancelled() and not self.has_unread_failure:
                 self._unread_failure = weakref.ref(future)
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
-        """Make a future for a request of this run; ClientClosedError if the session is closed."""
+        """Return a new future for a request of this run.
+
+        Raises ClientClosedError if the session is closed.
+        """
         self._runtime.ensure_open(kind)
         return self._runtime.poller.new_future(kind, counted=counted)
 
     def drain(self) -> None:
-        """Refuse further work; what was queued is still sent.  Does not block."""
+        """Refuse further work; queued requests are still sent.  Does not block."""
         self._queue.drain()
 
     # Called from tasks, on the queue's thread
@@ -155,15 +159,15 @@ class TrainingRun:
         loss: Loss,
         breaks: Collection[int] = (),
     ) -> None:
-        """Send a pass over an entire batch, in as many requests as it takes; *data* was checked.
+        """Send a pass over an entire batch, in as many requests as needed; *data* was checked.
 
-        A task of its own, so that no other request comes between those of a batch.  The kind of
-        *future* is ``"forward"`` or ``"forward_backward"``.  At each index in *breaks* a new
-        request begins, besides where the server's limits demand one.
+        One task sends them all, so that no other request comes between them.  The kind of *future*
+        is ``"forward"`` or ``"forward_backward"``.  A new request begins at each index in *breaks*,
+        and wherever the server's limits require one.
 
         Raises:
-            IncompleteGradientError: a batch was added to the gradient in part, and *data* is not
-                its rest.
+            IncompleteGradientError: an earlier batch was added to the gradient only in part, and
+                *data* does not complete it.
         """
         if not future.begin():  # cancelled while it was queued
             return
@@ -171,21 +175,22 @@ class TrainingRun:
         if future.kind == "forward_backward":
             completed, pieces = self._gradient.plan(data, loss)
         chunks: List[Chunk] = []
-        added: List[Optional[APIFuture[Output]]] = []  # by an earlier call, for each of the chunks
+        # For each chunk, the request of an earlier call that has added it, if any.
+        added: List[Optional[APIFuture[Output]]] = []
         for piece in pieces:
             if piece.part is None:
                 cuts = self._cut(piece.data, breaks, piece.first)
             else:
-                cuts = [Chunk(piece.data, 0, piece.first)]  # not sent: its future is settled
+                cuts = [Chunk(piece.data, 0, piece.first)]  # won't be sent: its future is settled
             chunks += cuts
             added += [piece.part] * len(cuts)
         if future.done():  # cancelled during the waits above
             return
         parts = [future]
         if completed is not None or len(chunks) > 1:
-            # Requests of an earlier call keep their places: the result is that of the whole batch.
+            # The requests of an earlier call keep their places: the result covers the whole batch.
             parts = [part or self.new_future(future.kind) for part in added]
-            # A forward pass changes nothing, so that its parts may be cancelled one by one.
+            # A forward pass changes nothing, so its parts may be cancelled one by one.
             if future.kind == "forward":
                 gather(future, parts, combine)
             else:
@@ -196,10 +201,10 @@ class TrainingRun:
     def run_pass(
         self, kind: str, data: List[Datum], loss: Loss, breaks: Collection[int] = ()
     ) -> Output:
-        """Like a `send_batch` that was queued, but send it now, and wait for the result."""
+        """Like queueing `send_batch`, but send the pass now, and wait for its result."""
         future: APIFuture[Output] = self.new_future(kind)
         self.send_batch(future, data, loss, breaks)
-        # Not `result` alone: this very thread has to resend what is refused meanwhile (rule 5).
+        # `result` alone might never return: this very thread must resend refused requests (rule 5).
         self._queue.wait_for([future])
         return future.result()
 
@@ -211,12 +216,12 @@ class TrainingRun:
         join: Join,
         breaks: Collection[int] = (),
     ) -> None:
-        """Send a backward pass whose results, made one by *join*, are those of *future*.
+        """Send a backward pass; *join* makes the result of *future* from those of its requests.
 
-        Unlike that of `send_batch`, it is not completed by the same call again, which computes the
-        loss again and may not send the same.
+        Unlike `send_batch`, repeating the call does not complete an incomplete gradient: the loss
+        is computed again, and may yield other data.
         """
-        # Again: a part of an earlier batch may have failed during the forward pass before this.
+        # Checked again: a part of an earlier batch may have failed during the forward pass.
         self.ensure_trainable()
         chunks = self._cut(data, breaks)
         parts = [self.new_future("forward_backward") for _ in chunks]
@@ -227,7 +232,7 @@ class TrainingRun:
         self._send_parts(parts, chunks, loss)
 
     def ensure_trainable(self) -> None:
-        """Raise IncompleteGradientError if only a part of a batch was added to the gradient."""
+        """Raise IncompleteGradientError if a batch was added to the gradient only in part."""
         self._gradient.ensure_complete()
 
     def _send_one(
@@ -238,25 +243,25 @@ class TrainingRun:
         after: Optional[APIFuture[Any]],
     ) -> None:
         if request_type.waits_for_batches:
-            # A step that is sent while a part of a batch may still fail would train on the others.
+            # If the step were sent and a part of a batch failed afterwards, the step would train on
+            # the other parts alone.
             future.waiting_for = _describe_wait
             self._gradient.wait()
             future.waiting_for = None
-        # What is cancelled uses no seq_id: `send` returns immediately.
+        # A cancelled request uses no seq_id: `send` returns immediately.
         if after is not None and after.failed():
             future.cancel()
         if request_type.needs_gradient and not future.done():
             self.ensure_trainable()
         self._queue.send(request_type(self._queue, future, *args))
         if request_type.drops_gradient and self._gradient.is_incomplete:
-            # What comes next depends on whether the gradient was dropped: it must not be sent
-            # before that is known.
+            # Later requests depend on whether the gradient was dropped, so wait until we know.
             self._queue.wait_for([future])
             if not future.failed():
                 self._gradient.drop()
 
     def _send_unload(self, future: APIFuture[UnloadModelResponse]) -> None:
-        # It has no seq_id by which the server could put it after what is in flight.
+        # Unloading has no seq_id by which the server could order it after requests in flight.
         self._queue.wait_for(None)
         if future.done():  # cancelled while it was queued
             return
@@ -281,7 +286,7 @@ class TrainingRun:
         self._gradient.add(batch, completed)
 
     def _cut(self, data: List[Datum], breaks: Collection[int], first: int = 0) -> List[Chunk]:
-        """Cut a batch into requests, all of which can be encoded if there is more than one."""
+        """Cut a batch into requests; if there are several, check that all can be encoded."""
         codec = batch_codec(self._runtime.transport)
         chunks = cut(data, self._server_flags(), codec, first, breaks)
         if len(chunks) > 1:
@@ -291,11 +296,11 @@ class TrainingRun:
     def _send_parts(
         self, parts: Sequence[APIFuture[Output]], chunks: Sequence[Chunk], loss: Loss
     ) -> None:
-        """Send the requests of a batch; after one that is known to have failed, no more of them."""
+        """Send the requests of a batch; if one is known to have failed, cancel the rest."""
         compress = self._server_flags().proto_compress_fwdbwd
-        # One after the other, even where the server's flags allow them in parallel: sent in
-        # parallel they may arrive in any order, which some servers refuse, and one that fails
-        # would leave a gap in the seq_ids.
+        # One after the other, even if the server's flags allow parallel requests: those may arrive
+        # in any order, which some servers refuse, and a failed one would leave a gap in the
+        # seq_ids.
         for index, (part, chunk) in enumerate(zip(parts, chunks)):
             if any(earlier.failed() for earlier in parts[:index]):
                 for later in parts[index:]:
@@ -304,9 +309,9 @@ class TrainingRun:
             self._queue.send(Pass(self._queue, part, chunk, loss, self._nan_warning, compress))
 
     def _server_flags(self) -> ServerFlags:
-        """The server's flags; the usual ones if it does not report them."""
+        """Return the server's flags, or the default ones if it does not report any."""
         if self._flags is None:
-            # A pass must not fail because the flags cannot be had: they only set limits.
+            # A pass must not fail for want of the flags: they only set limits.
             try:
                 self._flags = flags_for(self._runtime.transport, once=True)
             except APIError as error:

@@ -1,7 +1,7 @@
 """RunQueue: sends the requests of one training run, in order.
 
-A thread, ``tinkex-submit-<model>``, does all the sending; `SequenceRules` decides under which
-``seq_id``, and what each response means for it.
+One thread, ``tinkex-submit-<model>``, sends everything.  `SequenceRules` decides which ``seq_id``
+each request gets, and what each response means for it.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A wait checks this often, in seconds, whether the session was closed.
+# Waits check this often, in seconds, whether the session was closed.
 _CHECK_CLOSED_S = 1.0
 
 _MAYBE_DONE = (
-    "The server may have taken it all the same. The same call again is done once; any other call "
-    "of this run first sends this one again."
+    "The server may have accepted it nevertheless. The same call again is executed only once; any "
+    "other call of this run first resends this one."
 )
 
 
 class BodyMismatch(Exception):
-    """The lost request must be resent before what was about to be sent."""
+    """A lost request must be resent before the one that was about to be sent."""
 
 
 class SendGate:
     """Lets the transport send only what the rules allow.  Called on the queue's thread.
 
-    It refers to the rules rather than to the queue: queue and transport would otherwise be in a
-    cycle, and a client that is dropped must be collected without the garbage collector.
+    It refers to the rules rather than to the queue, to avoid a reference cycle of queue and
+    transport: a dropped client must be freed without the help of the garbage collector.
     """
 
     def __init__(self, rules: SequenceRules[Any, Request], lock: threading.Condition) -> None:
@@ -71,8 +71,8 @@ class SendGate:
 
     def __call__(self, request: Request) -> Request:
         """Return what to send for *request*; raise BodyMismatch if it must wait."""
-        # Not left to the transport: the rules keep the message, and what is lost must be resent
-        # under the key that it had (docs/protocol.md, "Idempotency keys").
+        # The key is set here rather than by the transport: the rules keep the message, because a
+        # lost request must be resent under its old key (docs/protocol.md, "Idempotency keys").
         keyed = dataclasses.replace(request, idempotency_key=str(uuid.uuid4()))
         with self._lock:
             allowed = self._rules.before_send(keyed)
@@ -85,64 +85,65 @@ class RunQueue:
     """The queue of one run, and the thread that sends.  Thread-safe, except where noted.
 
     Args:
-        first_seq_id: the first one, if some were used while the run was made.
+        first_seq_id: the seq_id of the first request; greater than 1 if creating the run used some.
 
     Attributes:
-        runtime: what the run belongs to.
+        runtime: the runtime that the run belongs to.
         model_id: the server's id of the run.
-        transport: what the numbered requests must be sent with.
+        transport: sends the numbered requests, which must not bypass it.
     """
 
     def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.runtime = runtime
         self.model_id = model_id
         # Guards _rules, to which the poller's threads report results, and _services_resends.
-        # Notified when a request is settled or refused.
-        # Never held during I/O or while a future is settled.
+        # Notified when a request is settled or refused.  Never held during I/O, or while a future
+        # is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
-        self._services_resends = False  # the thread is in wait_for, and sees a refusal itself
+        self._services_resends = False  # the thread is in wait_for, and will see a refusal itself
         self.transport = ThreadTransport(runtime.transport, SendGate(self._rules, self._changed))
-        # With a cap of one the pool is a serial lane: its tasks run in the order of the calls.
+        # A pool with one thread runs its tasks in call order.
         self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
-        """Have the thread call ``task(future, *args)``; its failure is the future's."""
+        """Have the thread call ``task(future, *args)``; if it raises, the future fails."""
         self._lane.submit(functools.partial(self._run, task, future, args))
 
     def _run(self, task: Callable[..., None], future: APIFuture[Any], args: Sequence[Any]) -> None:
         try:
             with active(future.operation):
                 task(future, *args)
-        except Exception as error:  # of any kind: nothing else would settle the future
+        except Exception as error:  # any error: nothing else would settle the future
             self.runtime.poller.fail(future, error)
 
     def drain(self) -> None:
-        """Refuse further work; what was queued is still sent.  Does not block."""
+        """Refuse further work; queued requests are still sent.  Does not block."""
         self._lane.drain()
 
     # Called from tasks, on the queue's thread
 
     def send(self, request: RunRequest[Any]) -> None:
-        """Send *request* under the next seq_id and have it polled; a failure is its future's."""
+        """Send *request* under the next seq_id and have it polled; a failure fails its future."""
         self._resend_refused()
         self._send_and_poll(request)
 
     def may_repeat(self, future: APIFuture[Any]) -> bool:
-        """Whether the request of *future*, which has failed, is executed once if it is made again.
+        """Whether making the failed request of *future* again is safe: it is executed only once.
 
-        That is, its response was lost, and nothing was sent since.
+        True if its response was lost, and nothing else was sent since.
         """
         lost = self._rules.lost  # without the lock, since only this thread changes it
         return lost is not None and lost.request.future is future
 
     def wait_for(self, futures: Optional[Sequence[APIFuture[Any]]]) -> None:
-        """Wait until *futures*, of requests of this queue, are settled; None: all that was sent.
+        """Wait until *futures*, or with None all requests in flight, are settled.
 
-        Meanwhile refused requests are resent: in a plain wait the thread might wait for itself.
-        Returns early if the client is closed.
+        The thread also resends refused requests during the wait; otherwise it might wait for
+        itself.  Returns early if the client is closed.
         """
-        # `settled` does not see all of them: one may stand for several requests, or fail unsent.
+        # `settled` does not report all of these futures: one may stand for several requests, or
+        # fail before it is sent.
         for future in futures or ():
             future.on_settled(self._wake)
         with self._changed:
@@ -154,8 +155,8 @@ class RunQueue:
                     settled = not self._rules.in_flight
                 else:
                     settled = all(future.done() for future in futures)
-                # Decided under the lock: a request that is refused from here on must either be seen
-                # by this loop, or queue its resend itself (`on_failure`).
+                # Decided under the lock: a request refused from now on is either seen by this loop,
+                # or queues its own resend (`on_failure`).
                 over = settled and not self._rules.has_refused
                 self._services_resends = not over and not self.runtime.closed
                 if not self._services_resends:
@@ -164,22 +165,22 @@ class RunQueue:
                     self._changed.wait(_CHECK_CLOSED_S)
 
     def _resend_refused(self) -> None:
-        """Once nothing is in flight, resend what was refused for its seq_id (rule 5)."""
+        """Once nothing is in flight, resend the requests refused for their seq_id (rule 5)."""
         rules = self._rules
         with self._changed:
-            # More may be refused until then, and all must be resent in order.
+            # Requests in flight may still be refused, and all must be resent in order.
             while rules.has_refused and rules.in_flight and not self.runtime.closed:
                 self._changed.wait(_CHECK_CLOSED_S)
             refused = rules.take_resends()
             first = rules.next_seq_id
         if refused:
             logger.info(
-                "%s does not count failed requests; resending %d starting at seq_id %d",
+                "the server does not count failed requests of %s; resending %d from seq_id %d on",
                 self.model_id,
                 len(refused),
                 first,
             )
-        # Here rather than as new tasks, which would come after the calls that are queued already.
+        # Not as new tasks, which would come after calls that are already queued.
         for request in refused:
             self._send_and_poll(request)
 
@@ -197,16 +198,18 @@ class RunQueue:
                 poller.fail(future, unhandled)
             return
         request.note_accepted(accepted.request_id)
-        # Once it is in flight: the future may be cancelled by now, which takes it out again.
+        # Only once the request is in flight: if its future has been cancelled since, `watch` takes
+        # it out again.
         request.watch()
-        # The run is the lane: its results are fetched one at a time, in the order of submission.
+        # The run is the poller's lane: its results are fetched one at a time, in the order sent.
         poller.watch(self.model_id, request)
 
     def _send_until_accepted(self, request: RunRequest[Any]) -> UntypedFuture:
         """Send *request* until it is accepted, or fails."""
         while True:
             with self._changed:
-                # Anew each time: a 409, or resending what was lost, may have used the last one.
+                # A new seq_id for each attempt: a 409, or resending a lost request, may have used
+                # the last one.
                 seq_id = request.seq_id = self._rules.begin()
             try:
                 accepted = request.send()
@@ -215,7 +218,7 @@ class RunQueue:
                 continue
             except TinkexError as error:
                 if expected_seq_id(error, seq_id) is not None:
-                    raise  # to on_failure, which decides as if a poll had failed
+                    raise  # on_failure handles it, like the failure of a poll
                 with self._changed:
                     action = self._rules.send_failed(request, seq_id, classify(error))
                     lost = self._rules.lost
@@ -224,24 +227,24 @@ class RunQueue:
                 if action is Action.REPORT_DONE:
                     raise _done_already(error, request) from error
                 if lost is not None and lost.request is request:
-                    # The body is made of the arrays of the datums, and must be the same bytes when
-                    # it is resent.
+                    # The body refers to the datums' arrays, which may change, but it must be resent
+                    # as the same bytes.
                     lost.message.keep_body()
                     error.hint = f"{error.hint} {_MAYBE_DONE}" if error.hint else _MAYBE_DONE
                 raise
             with self._changed:
-                # Before the poller gets it: `settled` ignores a request that is not in flight.
+                # Before the poller gets the request: `settled` ignores any that is not in flight.
                 self._rules.accepted(request, seq_id)
             return accepted
 
     def _resend_lost(self) -> None:
-        """Resend the request whose response was lost, so that its seq_id is certainly used."""
+        """Resend the request whose response was lost, to be certain that its seq_id is used."""
         lost = self._rules.lost
         assert lost is not None
         name = lost.message.name
         logger.info("no response to %s, seq_id %d; resending it first", name, lost.seq_id)
-        # A gateway's response is never taken for the server's here: a wrong guess would count the
-        # seq_id as free, or as used.
+        # A gateway's response never counts as the server's here: by a wrong guess, the seq_id would
+        # wrongly count as free, or as used.
         outage_s = self.runtime.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         resend = functools.partial(self.runtime.transport.send, lost.message, policy)
@@ -255,13 +258,14 @@ class RunQueue:
             self.model_id, lost.seq_id, [token], "cross_entropy", forward_only=True
         )
         logger.warning(
-            "%s: the server fails over %s, seq_id %d, each time. It is given up, and may or may "
-            "not have been done",
+            "%s: the server fails each time it gets %s, seq_id %d. The request is abandoned; it "
+            "may or may not have been executed",
             self.model_id,
             lost.message.name,
             lost.seq_id,
         )
-        # By the runtime's own transport: the queue's would hold it back for its body.
+        # Through the runtime's own transport: the queue's would hold the filler back, because its
+        # body differs from the lost one.
         send = functools.partial(submit_batch, self.runtime.transport, filler)
         self._settle_lost(lost, send, self._rules.filler_failed)
 
@@ -271,10 +275,10 @@ class RunQueue:
         send: Callable[[], object],
         failed: Callable[[Outcome, Optional[int]], LostAction],
     ) -> LostAction:
-        """Send *lost*, or what takes its place; return what *failed* decides about a failure.
+        """Call *send*, which sends *lost* or its filler; *failed* decides about a failure.
 
-        Raises the failure, which is then that of the request that had to wait, if it is to be
-        reported.
+        Return what to do next.  If the failure is to be reported, raise it: the request that had to
+        wait for *lost* then fails with it.
         """
         try:
             send()
@@ -286,8 +290,8 @@ class RunQueue:
                 if isinstance(error, APIError):
                     error.hint = (
                         f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, "
-                        "whose response was lost; it must be known to have arrived before anything "
-                        f"else of the run is sent. {self.runtime.session.how_to_resume()}"
+                        "whose response was lost; nothing else of the run is sent until it is "
+                        f"known to have arrived. {self.runtime.session.how_to_resume()}"
                     )
                 raise
             return action
@@ -295,11 +299,11 @@ class RunQueue:
             self._rules.lost_accepted()
         return LostAction.CONTINUE
 
-    # Called when a response arrives, on the poller's threads and others: quick, without I/O
+    # Called when a response arrives, on the poller's threads and others: must be quick, without I/O
 
     def settled(self, request: RunRequest[Any]) -> None:
-        """The future of *request* is settled."""
-        # One that was cancelled may have been done, but rule 7 relies on work that certainly was.
+        """Note that the future of *request* is settled."""
+        # A cancelled request may have been executed, but rule 7 needs work that is certainly done.
         done = not request.future.failed()
         with self._changed:
             self._rules.settled(request, done=done)
@@ -317,20 +321,20 @@ class RunQueue:
         assert isinstance(error, TinkexError)
         with self._changed:
             action = self._rules.out_of_order(request, request.seq_id, expected)
-            # Outside of `wait_for` the thread may be idle: only a new task is certain to resend it.
+            # Outside of `wait_for` the thread may be idle, and only a new task makes it resend.
             wakes_thread = action is Action.RESEND_LATER and not self._services_resends
             self._changed.notify_all()
         if action is Action.REPORT_DONE:
             return _from(error, _done_already(error, request))
         if action is Action.REPORT_LOST_RUN:
             return _from(error, self._run_lost(error, request, expected))
-        # What is refused like this was not executed (rule 5): until it is resent it counts as
-        # unsent, so that a cancel costs nothing.
+        # A request refused like this was not executed (rule 5).  Until it is resent it counts as
+        # unsent, so that cancelling it costs nothing.
         request.future.enter("queued")
         if wakes_thread:
             try:
                 self._lane.submit(self._resend_refused)
-            except ClientClosedError:  # it will not be resent
+            except ClientClosedError:  # the request will not be resent
                 with self._changed:
                     self._rules.withdraw(request)
                 return error
@@ -341,7 +345,7 @@ class RunQueue:
     ) -> SequenceLostError:
         return SequenceLostError(
             f"{request.future.kind}: the server expects request {expected} of {self.model_id}, "
-            f"which was done, instead of {request.seq_id}: it has lost the state of the run",
+            f"which is done, instead of {request.seq_id}: it has lost the state of the run",
             status=error.status,
             request_id=request.future.request_id,
             session_id=self.runtime.session.session_id,
@@ -351,8 +355,8 @@ class RunQueue:
 
 def _done_already(error: TinkexError, request: RunRequest[Any]) -> ResultExpiredError:
     return ResultExpiredError(
-        f"{request.future.kind}: an earlier attempt of it (seq_id {request.seq_id}) was done, but "
-        "the response was lost, and the server does not return the result again",
+        f"{request.future.kind}: an earlier attempt (seq_id {request.seq_id}) was done, but "
+        "its response was lost, and the server does not return the result again",
         status=error.status,
         request_id=request.future.request_id,
         hint="Do not repeat it: the run continues from here with the next call.",

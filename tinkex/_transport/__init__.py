@@ -1,1 +1,1 @@
-"""HTTP: one request and its response, and what bounds them."""
+"""HTTP: one request and its response, and the limits on both."""

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class RequestAttempts:
-    """The attempts of one request.  For one thread, which they block.
+    """All attempts of one request.  For one thread, which `run` blocks.
 
     Args:
-        waits: wait while the server is rate-limiting (429); otherwise that is an error.
+        waits: wait while the server is rate-limiting (429); if False, raise RateLimitError instead.
         urgent: do not wait for the limiter after a 429, nor while the account cannot pay (402).
     """
 
@@ -53,13 +53,13 @@ class RequestAttempts:
         self._waits = waits
         self._urgent = urgent
         self._limiter = transport.server.limiter
-        # What ends a pause.  Aborting the transport stops every channel, too.
+        # Ends every pause when set.  Aborting the transport stops every channel, too.
         self._stop = transport.closing if channel is None else channel.stopped
         self._key = request.idempotency_key or transport.new_key()
         self._began = transport.clock.monotonic()
-        # Not a method of this object, since the cycle would keep the body until the garbage
-        # collector runs.  The limit of the pause is one of the server's flags, so the request for
-        # flags (raw_credential) must not ask for it.
+        # Not a method of this object: the reference cycle would keep the body alive until the
+        # garbage collector runs.  The longest pause is one of the server's flags, so the request
+        # for the flags (raw_credential) must not ask for it.
         pause_for_billing = (
             partial(transport.billing.after_402, None if request.raw_credential else transport)
             if transport.config.on_billing == "wait" and not urgent
@@ -67,10 +67,10 @@ class RequestAttempts:
         )
         self._retries = RetryState(policy, self._began, pause_for_billing=pause_for_billing)
         self._error: Optional[APIError] = None  # of the latest attempt
-        self._maybe_taken = False  # of all attempts
+        self._maybe_taken = False  # by any attempt so far
 
     def run(self) -> Reply:
-        """Send until there is a 2xx response that can be read.  Raises like `Transport.send`."""
+        """Send until there is a readable 2xx response.  Raises like `Transport.send`."""
         if self._request.encode_s is not None:
             self._transport.recorder.took("encode", self._request.encode_s)
         while True:
@@ -84,16 +84,16 @@ class RequestAttempts:
                     self._transport.recorder.took("submit", took_s)
                 return reply
             delay_s = self._next_delay_s(reply)
-            # The arrays of a batch are copied only now that it has to be sent again: the caller
-            # may change them during the pause.
+            # The arrays of a batch are copied only when it has to be sent again: the caller may
+            # change them during the pause.
             self._request.keep_body()
             self._pause(delay_s)
             self._transport.recorder.count("retries")
 
     def _attempt(self) -> Optional[Reply]:
-        """Send once, and keep the error; return the response, if the server has sent one."""
+        """Send once and store the error, if any; return the response, if there was one."""
         self._error = None
-        # Rarely, and only then: a place of the limiter takes a lock that all clients share.
+        # Only while throttled, which is rare: the limiter's lock is shared by all clients.
         throttled = not self._urgent and self._limiter.throttled
         if throttled:
             self._limiter.acquire(self._pause, self._is_stopped)
@@ -103,7 +103,7 @@ class RequestAttempts:
             reply = self._transport.send_once(
                 self._request, channel=self._channel, idempotency_key=self._key
             )
-        except (APIConnectionError, APIStatusError) as caught:  # the latter is about a token
+        except (APIConnectionError, APIStatusError) as caught:  # APIStatusError: no token issued
             self._error = caught
             return None
         finally:
@@ -116,7 +116,7 @@ class RequestAttempts:
         return reply
 
     def _next_delay_s(self, reply: Optional[Reply]) -> float:
-        """Seconds before the next attempt; raises the latest error if no attempt is allowed.
+        """Return the seconds before the next attempt; raise the latest error if none is allowed.
 
         *reply* is the server's response, if there was one.
         """
@@ -133,7 +133,7 @@ class RequestAttempts:
                     repeats = self._retries.repeats
                     error.hint = error.hint or repeated_error_hint(self._request, repeats)
                 raise error
-            # Before raising, too: requests that do wait, and other clients of the key, heed it.
+            # Even if this request does not wait: others do, as do other clients of the key.
             if is_rate_limited:
                 self._limiter.back_off(delay_s)
             if is_rate_limited and not self._waits:
@@ -143,20 +143,20 @@ class RequestAttempts:
             self._log(error, delay_s)
             return delay_s
         finally:
-            # The error's traceback holds this frame, and the frame the error: a cycle that would
-            # keep the connection open until the garbage collector runs.
+            # The error's traceback holds this frame, and this frame holds the error: a cycle that
+            # would keep the connection open until the garbage collector runs.
             del error
 
     def _describe(self, error: APIError, reply: Optional[Reply], now: float) -> None:
         error.attempts, error.elapsed_s = self._retries.attempts, now - self._began
-        # Once set, it stays: an earlier attempt may have been carried out.
+        # Never reset: the server may have carried out an earlier attempt.
         if error.maybe_taken or (reply is not None and leaves_outcome_open(reply.status)):
             self._maybe_taken = True
         error.maybe_taken = self._maybe_taken
 
     def _log(self, error: APIError, delay_s: float) -> None:
         attempt = self._retries.attempts
-        # An outage of minutes has hundreds of attempts: a few of them are enough for the log.
+        # An outage of minutes means hundreds of attempts: log only a few of them at INFO.
         level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
         logger.log(
             level,

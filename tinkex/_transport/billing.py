@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PAUSE_S = 5.0
 #: The longest wait in all, in seconds, unless the server's flags name another.
 DEFAULT_LIMIT_S = 3600.0
-#: A 402 that comes this long after the previous one begins a new wait, in seconds.
+#: A 402 that comes this long after the previous one, in seconds, begins a new wait.
 _NEW_AFTER_S = 300.0
 #: The wait is logged no more often than this, in seconds.
 _LOG_INTERVAL_S = 60.0
@@ -35,23 +35,23 @@ class BillingPause:
     def __init__(self, where: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._where = where
         self._clock = clock
-        # Guards the rest.  Not held while the flags are requested, which takes seconds.
+        # Guards what follows.  Not held while the flags are requested, which may take seconds.
         self._lock = threading.Lock()
         self._fetched = False
         self._limit_s = DEFAULT_LIMIT_S
         self._began = self._last = self._logged = -math.inf
 
     def after_402(self, sender: Optional[Sender]) -> Optional[float]:
-        """Seconds to wait before the next attempt, or None once the wait has lasted too long.
+        """Return the seconds until the next attempt, or None if the wait has lasted too long.
 
-        The first call requests the server's flags with *sender*, which is None if it is that
-        request itself that got the 402.
+        The first call requests the server's flags with *sender*, which is None if the request for
+        the flags itself got the 402.
         """
         if sender is not None:
             self._fetch_limit(sender)
         now = self._clock.monotonic()
         with self._lock:
-            # Nothing reports that the account can pay again: a success does not come here.
+            # Nothing reports a success here: only a time without a 402 shows that a wait is over.
             if now - self._last > _NEW_AFTER_S:
                 self._began, self._logged = now, -math.inf
             self._last = now
@@ -84,7 +84,7 @@ class BillingPause:
         try:
             limit_s = flags_for(sender).billing_exception_max_pause_duration_sec
         except TinkexError as error:
-            # Often that request gets a 402, too.  The default limit stands.
+            # Often the request for the flags gets a 402, too.  The default limit stands.
             logger.debug("%s: cannot fetch the longest billing pause: %s", self._where, error)
             return
         with self._lock:

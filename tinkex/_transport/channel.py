@@ -1,7 +1,7 @@
 """Channel: a frozen requests Session that can be aborted from another thread.
 
-Closing a Session does not interrupt a request in flight; `Channel.abort` does, by shutting its
-sockets down: a client that closes does not wait for its long polls.
+Closing a Session does not interrupt a request in flight; `Channel.abort` does, by shutting down its
+sockets, so that a closing client does not wait for its long polls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinkex.wire.codec import Parts
 
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
 
-# A dead peer is noticed after about a minute, though the responses to long polls take longer.
+# Detects a dead peer after about a minute, although the responses to long polls may take longer.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -41,22 +41,23 @@ SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
 class _Sockets:
     """The open sockets of one channel.
 
-    Not the connections: one forgets its socket as soon as the server has announced that it will
-    close, while the rest of the response is still being read.
+    Sockets rather than connections: a connection forgets its socket once the server has announced
+    that it will close, even while the rest of the response is still being read.
     """
 
     def __init__(self) -> None:
-        # Guards the set and the flag: `abort` comes from another thread.
+        # Guards the set and the flag: another thread calls `abort`.
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
-        # The pace of the response that each thread waits for; without one it is not limited.  Per
-        # thread, because requests and urllib3 pass nothing of ours down to the response.
+        # The pace of the response that each thread waits for; a response without a pace is not
+        # limited.  Kept per thread, because requests and urllib3 pass no argument of ours down to
+        # the response.
         self._local = threading.local()
 
     @property
     def pace(self) -> Optional[Pace]:
-        """How fast the response that this thread waits for must come."""
+        """How fast the response that this thread waits for must arrive."""
         return getattr(self._local, "pace", None)
 
     @pace.setter
@@ -64,11 +65,11 @@ class _Sockets:
         self._local.pace = pace
 
     def response(self, sock: Any, *args: Any, **kwargs: Any) -> CheckedResponse:
-        """Make the response that is read from *sock*; in place of http.client's class."""
+        """Make the response to read from *sock*; takes the place of http.client's class."""
         return CheckedResponse(sock, *args, pace=self.pace, **kwargs)
 
     def add(self, sock: Any) -> None:
-        """List a new socket; shut it down if the channel was aborted while it was opened."""
+        """Add a new socket; shut it down if the channel was aborted while it was being opened."""
         while not isinstance(sock, socket.socket):  # TLS inside TLS, through an https proxy
             sock = sock.socket
         with self._lock:
@@ -86,17 +87,17 @@ class _Sockets:
 
 
 def shut_down(sock: socket.socket) -> None:
-    """End reads and writes of *sock* in other threads; the thread that uses it closes it."""
-    # Closing it here would not wake a thread that reads, and would free its descriptor, which the
-    # next socket of the process might get while that thread still reads from it.
-    with contextlib.suppress(OSError):  # not connected any more, which is what we want
-        # The plain socket's method: SSLSocket's own would pull the TLS state away
-        # from under the thread that reads.
+    """End reads and writes on *sock* in other threads; the thread that uses it closes it."""
+    # Closing it here would not wake a reading thread, and would free the descriptor: the next
+    # socket of the process might get it while that thread still reads from it.
+    with contextlib.suppress(OSError):  # already disconnected
+        # Call the plain socket's method: SSLSocket's own would pull the TLS state from under the
+        # reading thread.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class _Tracked(HTTPConnection):
-    """A connection whose socket is listed in *sockets*; mixed into each of urllib3's classes."""
+    """A connection that adds its socket to *sockets*; mixed into each of urllib3's classes."""
 
     def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -111,20 +112,20 @@ class _Tracked(HTTPConnection):
 def _tracked_pool(
     pool_class: Type[HTTPConnectionPool], sockets: _Sockets, *args: Any, **kwargs: Any
 ) -> HTTPConnectionPool:
-    """Make a pool whose connections are listed in *sockets*."""
+    """Make a pool whose connections add their sockets to *sockets*."""
     pool = pool_class(*args, **kwargs)
     connection_class = _tracked_class(pool_class.ConnectionCls)
     pool.ConnectionCls = functools.partial(connection_class, sockets=sockets)  # type: ignore[assignment]
     return pool
 
 
-@functools.cache  # classes are cycles: one each, not one for each pool
+@functools.cache  # a class is a reference cycle: make one per kind, not per pool
 def _tracked_class(connection_class: Any) -> Any:
     return type(f"_Tracked{connection_class.__name__}", (_Tracked, connection_class), {})
 
 
 class _TrackedAdapter(HTTPAdapter):
-    """An adapter whose connections are listed while they live."""
+    """An adapter whose connections add their sockets to *sockets*."""
 
     def __init__(self, sockets: _Sockets, pool_size: int) -> None:
         self._sockets = sockets
@@ -137,13 +138,13 @@ class _TrackedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.PoolManager:
         manager: urllib3.PoolManager = super().proxy_manager_for(*args, **kwargs)
-        if manager not in self._tracked:  # requests calls this with each request
+        if manager not in self._tracked:  # requests calls this for each request
             self._tracked.add(manager)
             self._track(manager)
         return manager
 
     def _track(self, manager: urllib3.PoolManager) -> None:
-        # The manager's own classes: those of a SOCKS proxy connect through it.
+        # Wrap the manager's own classes: a SOCKS proxy's classes connect through the proxy.
         manager.pool_classes_by_scheme = {
             scheme: functools.partial(_tracked_pool, pool_class, self._sockets)  # type: ignore[misc]
             for scheme, pool_class in manager.pool_classes_by_scheme.items()
@@ -154,27 +155,28 @@ class _Session(requests.Session):
     """A session that follows no redirect."""
 
     def resolve_redirects(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        # With allow_redirects=False requests parses the target all the same, and a malformed one
-        # raises errors of many kinds.
+        # Even with allow_redirects=False, requests parses the target, and a malformed one raises
+        # errors of many kinds.
         return iter(())
 
 
 class Channel:
     """One connection pool to the server.  Thread-safe; keeps *pool_size* connections.
 
-    More threads than that work too, at the cost of a new connection for each request.
+    More threads than that also work, at the cost of a new connection for each request.
 
     Attributes:
-        stopped: set once no further request may begin; `abort` sets it, and so may the owner, to
-            let the request in flight finish.
+        stopped: set once no further request may begin.  `abort` sets it; the owner may set it, too,
+            to let the request in flight finish.
     """
 
     def __init__(self, config: Config, pool_size: int) -> None:
         self.stopped = threading.Event()
         self._sockets = _Sockets()
-        # requests does not promise that a Session can be shared by threads, so this one is not
-        # changed after it was built: no cookies, no redirects.  Nor does it read the environment,
-        # which costs 320 microseconds a request; `config` has read the proxy and the certificates.
+        # requests does not promise that threads can share a Session, so this one never changes
+        # after it was built: no cookies, no redirects.  Nor does it read the environment, which
+        # costs 320 microseconds per request; `config` has already read the proxy and the
+        # certificates from it.
         session = _Session()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -187,7 +189,7 @@ class Channel:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         self._session = session
-        # urllib3 before 2 leaves the sockets of a forgotten pool to the garbage collector.
+        # urllib3 before 2.0 leaves the sockets of an abandoned pool to the garbage collector.
         weakref.finalize(self, session.close)
 
     def request(
@@ -201,11 +203,11 @@ class Channel:
     ) -> Reply:
         """Send once and read the response to its end.  Raises what requests raises.  Blocks.
 
-        *timeout* bounds connecting, and each pause in the response, in seconds; the latter also
-        bounds a small response as one (see Pace).
+        *timeout* bounds connecting, and each pause in the response, in seconds; the second also
+        bounds a response as a whole (see Pace).
         """
         began = time.perf_counter()
-        # requests would send an iterable as chunks, which not every server reads.
+        # requests would send an iterable in chunks, which not every server reads.
         data = bytes(body) if isinstance(body, Parts) else body
         self._sockets.pace = Pace(timeout[1], starts_now=len(data or b"") <= SMALL_BODY)
         try:
@@ -232,9 +234,9 @@ class Channel:
     def stream(
         self, url: str, *, headers: Mapping[str, str], timeout: Tuple[float, float]
     ) -> Iterator[requests.Response]:
-        """GET once and yield the response before its body, which the caller may read.
+        """GET once and yield the response with its body unread, for the caller to read.
 
-        A read timeout bounds each pause in the body.  Raises what requests raises.  Blocks.
+        The read timeout bounds each pause in the body.  Raises what requests raises.  Blocks.
         """
         response = self._session.get(
             url, headers=dict(headers), timeout=timeout, allow_redirects=False, stream=True
@@ -249,18 +251,18 @@ class Channel:
         self._session.close()
 
     def close_if_idle(self) -> None:
-        """The same; connections in use are kept."""
+        """Close idle connections; connections in use are kept."""
         self.close()
 
     def abort(self) -> None:
-        """Break off every request in flight, and every later one, and close."""
+        """Abort every request in flight, and every later one, and close."""
         self.stopped.set()
         self._sockets.abort()
         self._session.close()
 
 
 def _check_length(response: requests.Response) -> None:
-    """Raise for a response that ends too soon: urllib3 before 2.0 takes it for complete."""
+    """Raise for a truncated response, which urllib3 before 2.0 takes for complete."""
     announced = response.headers.get("Content-Length", "")
     received = response.raw.tell()
     if announced.isdigit() and received < int(announced):

@@ -1,7 +1,7 @@
 """Connections: the open connections of one transport, shared and private.
 
-A busy thread may have a connection to itself: with hundreds of threads, the lock of a shared pool
-costs more than the requests.
+A busy thread may have a connection of its own: with hundreds of threads, the lock of a shared pool
+costs more than the requests themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: Connections kept per traffic class.
 POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
 
-#: A lack of file descriptors is logged no more often than this, in seconds.
+#: Shortest time between two log lines about a lack of file descriptors, in seconds.
 _SHORTAGE_INTERVAL_S = 60.0
 
 
@@ -37,28 +37,28 @@ class Connections:
         self._config = config
         self._closing = closing
         self._clock = clock
-        # One pool for each traffic class: neither long polls nor bulk data may delay a submission.
+        # One pool per traffic class: neither long polls nor bulk data may delay a submission.
         self._shared = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
-        # Guards what follows.  Never held while a channel is closed, which takes the channel's lock
+        # Guards what follows.  Never held while closing a channel, which takes the channel's lock
         # and may block in TLS.
         self._lock = threading.Lock()
-        # Weak: a private channel closes its socket when its thread has ended and released it.
+        # Weak: once its thread has ended and released it, a private channel closes its socket.
         self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
         self._next_shortage_log = -math.inf
 
     def shared(self, traffic: str) -> Channel:
-        """The pool of a traffic class."""
+        """Return the pool of a traffic class."""
         return self._shared[traffic]
 
     def open_channel(self) -> Channel:
-        """A private channel for one busy thread; closed with the transport at the latest."""
+        """Open a private channel for one busy thread; closed with the transport at the latest."""
         channel = Channel(self._config, pool_size=1)
         self._add(channel)
         return channel
 
     def open_connection(self) -> AnyChannel:
         """Like `open_channel`, for a thread that sends many short requests and nothing else."""
-        if self._config.proxy:  # which PrivateChannel does not speak to
+        if self._config.proxy:  # which PrivateChannel does not support
             return self.open_channel()
         connection = PrivateChannel(self._config)
         self._add(connection)
@@ -68,7 +68,7 @@ class Connections:
         with self._lock:
             self._private.add(channel)
         # The owner sets `closing` before it calls `abort`: if `abort` has missed this channel, the
-        # event is set by now.
+        # event is already set.
         if self._closing.is_set():
             channel.abort()
 

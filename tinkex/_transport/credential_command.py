@@ -1,4 +1,4 @@
-"""The credential command: a program of the user's that prints a key or a token.
+"""The credential command: the user's program that prints a key or a token.
 
 It runs in a shell, and the thread that needs a credential waits for it.  The command and its output
 are secrets: command lines often hold passwords.
@@ -28,15 +28,16 @@ COMMAND_TIMEOUT_S = 60.0
 def run_command(command: str, closing: threading.Event) -> str:
     """Run the credential *command* in the shell and return what it prints, stripped.
 
-    Neither the command nor its output is shown anywhere: only its exit code.
+    Neither the command nor its output is ever shown, only its exit code.
 
     Raises:
-        CredentialError: it cannot be run, fails, takes over 60 s, or prints nothing usable.
-        ClientClosedError: *closing* was set meanwhile.
+        CredentialError: the command cannot be run, fails, takes over 60 s, or prints nothing
+            usable.
+        ClientClosedError: *closing* was set while the command ran.
     """
     try:
-        # In a process group of its own: `_kill` ends what the shell has started, too, and Ctrl-C
-        # at the terminal does not reach it.  Its stderr may repeat secrets.
+        # In a process group of its own, so that `_kill` also ends what the shell has started, and
+        # Ctrl-C at the terminal does not reach it.  Its stderr is dropped: it may repeat secrets.
         process = subprocess.Popen(
             command,
             shell=True,
@@ -45,8 +46,8 @@ def run_command(command: str, closing: threading.Event) -> str:
             stderr=subprocess.DEVNULL,
             start_new_session=sys.platform != "win32",
         )
-    except (OSError, ValueError, RuntimeError) as error:  # the last at interpreter shutdown
-        # Without its cause, whose text holds the command.
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: at exit
+        # Without the cause, whose text holds the command.
         raise CredentialError(f"{COMMAND} cannot be run: {type(error).__name__}") from None
     with process:
         try:
@@ -63,12 +64,12 @@ def run_command(command: str, closing: threading.Event) -> str:
     if not text:
         raise CredentialError(
             f"{COMMAND} printed nothing; its exit code was 0",
-            hint=f"It must print a key or a token on stdout, or set {KEY_VARIABLE} instead.",
+            hint=f"Make it print a key or a token on stdout, or set {KEY_VARIABLE} instead.",
         )
     try:
         check_header("what it printed", text)
     except ConfigError:
-        raise CredentialError(f"{COMMAND} printed something that is no key or token") from None
+        raise CredentialError(f"{COMMAND} printed something that is not a key or token") from None
     return text
 
 
@@ -87,7 +88,7 @@ def _read_output(process: subprocess.Popen[bytes], closing: threading.Event) -> 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has already ended
         if sys.platform == "win32":
             process.kill()
         else:

@@ -1,9 +1,9 @@
-"""PrivateChannel: one HTTP/1.1 connection of one busy thread, spoken by hand.
+"""PrivateChannel: one busy thread's HTTP/1.1 connection, with our own HTTP code.
 
-urllib3 opens it (names, TLS, certificates, socket options).  The exchange itself is ours: it is
-what submitting and polling thousands of samples costs, and requests takes fifteen times as long
-for it.  Only what a Tinker server needs is here: requests with their complete body in hand,
-responses read to their end, no proxy, no redirect, no cookie.
+urllib3 opens the connection (names, TLS, certificates, socket options).  We send requests and read
+responses ourselves: that is most of the cost of submitting and polling thousands of samples, and
+requests takes fifteen times as long.  Only what a Tinker server needs is here: complete request
+bodies, responses read to their end, no proxy, no redirect, no cookie.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from tinkex._transport.response_reading import (
 from tinkex.config import Config
 from tinkex.wire.codec import Parts
 
-#: Most responses fit; the rest of a longer one is read in large blocks.  A waiting thread holds a
-#: buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
+#: Most responses fit into a buffer of this size; the rest of a longer one is read in large blocks.
+#: Each waiting thread holds such a buffer, and hundreds wait: 64 KiB each would cost 400 threads 7
+#: MiB of RSS.
 _RECEIVE = 2048
-#: The status line and headers of a response may take this many bytes.  Without a limit, a server
-#: that sends no empty line would fill the memory.
+#: The longest status line and headers of a response, in bytes.  Without a limit, a server that
+#: never sends the empty line would fill the memory.
 MAX_HEAD_BYTES = 65536
-#: A body, or its first block, goes out in one piece with the headers up to this size: one packet,
-#: one system call.
+#: A body (or its first block) of up to this size is sent together with the headers: one packet, one
+#: system call.
 _JOIN_BYTES = 65536
 
 
 class _Socket:
-    """The open socket, where abort and the finalizer find it without the channel."""
+    """The open socket, kept where `abort` and the finalizer can reach it without the channel."""
 
     def __init__(self) -> None:
-        # Guards what follows; another thread may abort.
+        # Guards what follows, as another thread may call `abort`.
         self.lock = threading.Lock()
         self.sock: Optional[Any] = None
-        # A thread is in a request.  It alone closes the socket then: another thread that did would
-        # free the descriptor while it is being read from.
+        # True while a thread is in a request.  Then only that thread closes the socket: another
+        # thread would free the descriptor while it is being read from.
         self.busy = False
         self.aborted = False
 
@@ -85,10 +86,10 @@ class PrivateChannel:
         self._ca_bundle = config.ca_bundle
         self._state = _Socket()
         self._received = b""
-        self._pace = Pace(0.0, starts_now=False)  # of the response to the current request
-        # Not at exit, where another thread may still be reading.  The finalizer takes a lock,
-        # although it may run in any thread at any time: only methods of the channel take that
-        # lock, and none of them is running once the channel is collected.
+        self._pace = Pace(0.0, starts_now=False)  # of the current response
+        # Not at exit, when another thread may still be reading.  The finalizer takes a lock
+        # although it may run in any thread at any time: only the channel's methods take this lock,
+        # and none of them is running once the channel is garbage-collected.
         weakref.finalize(self, self._state.close).atexit = False
 
     def request(
@@ -114,11 +115,11 @@ class PrivateChannel:
             self._send(sock, head, body)
             return self._read_reply(sock)
         except BaseException as error:
-            # Ctrl-C, too: what is still to come on it belongs to this request, and the next one
-            # would take it for its own response.
+            # Ctrl-C, too: the rest of this response may still arrive, and the next request would
+            # take it for its own.
             self.close()
-            # After the handshake even an SSL error is a broken connection, and not a certificate
-            # that is refused: another attempt may succeed.
+            # After the handshake, even an SSL error means a broken connection, not a refused
+            # certificate: another attempt may succeed.
             if isinstance(error, socket.timeout):
                 raise requests.ReadTimeout(error) from error
             if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
@@ -128,16 +129,16 @@ class PrivateChannel:
             with self._state.lock:
                 self._state.busy = False
                 aborted = self._state.aborted
-            if aborted:  # meanwhile: `abort` has left closing to this thread
+            if aborted:  # in the meantime: `abort` leaves closing to this thread
                 self.close()
 
     def close(self) -> None:
-        """Close it; the next request opens another."""
+        """Close the connection; the next request opens another."""
         self._received = b""
         self._state.close()
 
     def close_if_idle(self) -> None:
-        """Close it unless a request is under way.  From any thread."""
+        """Close the connection unless a request is in flight.  Any thread may call this."""
         with self._state.lock:
             if self._state.busy:
                 return
@@ -146,7 +147,7 @@ class PrivateChannel:
             sock.close()
 
     def abort(self) -> None:
-        """Abort the request in flight, and every later one.  From any thread."""
+        """Abort the request in flight, and every later one.  Any thread may call this."""
         self.stopped.set()
         with self._state.lock:
             self._state.aborted = True
@@ -159,13 +160,13 @@ class PrivateChannel:
     def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
         target = url[len(self._origin) :]
         if not url.startswith(self._origin) or not target.startswith("/"):
-            raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
+            raise requests.exceptions.InvalidURL(f"{url} is not a path at {self._origin}")
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        # A line break in a value would begin another header, or another request.  Counting them is
-        # faster than looking into each value.
+        # A line break in a value would begin another header, or another request.  Counting line
+        # breaks in all is faster than searching each value.
         if lines.count("\n") != len(headers) or " " in target or "\n" in target:
             raise requests.exceptions.InvalidHeader("a header or the path holds a line break")
-        # An empty body is announced, too: some servers refuse a POST without a length (411).
+        # Even an empty body is announced: some servers refuse a POST without a length (411).
         length = (
             "" if body is None and method == "GET" else f"Content-Length: {len(body or b'')}\r\n"
         )
@@ -178,10 +179,10 @@ class PrivateChannel:
     # Opening
 
     def _ready(self, connect_timeout_s: float) -> Any:
-        """The socket, a new one if there is none or the server has closed it."""
+        """Return the socket; open a new one if there is none or the server has closed it."""
         sock = self._state.sock
-        # Something to read before anything was sent: the end of the stream, since the server has
-        # closed an idle connection, or bytes that belong to no request of ours.
+        # If there is something to read before anything was sent, it is the end of the stream (the
+        # server closed an idle connection), or bytes that answer no request of ours.
         if sock is not None and not self._received and not wait_for_read(sock, timeout=0.0):
             return sock
         self.close()
@@ -189,7 +190,7 @@ class PrivateChannel:
         with self._state.lock:
             self._state.sock = sock
             aborted = self._state.aborted
-        if aborted:  # while it was being opened, when `abort` found no socket
+        if aborted:  # while it was being opened: `abort` found no socket
             self.close()
             raise requests.ConnectionError("the connection was aborted")
         return sock
@@ -206,7 +207,7 @@ class PrivateChannel:
             raise _as_requests_raises(error) from error
 
     def _with_tls(self, sock: Any) -> ssl.SSLSocket:
-        # Not urllib3's HTTPSConnection, whose TLS options differ between its releases.
+        # Don't use urllib3's HTTPSConnection: its TLS options differ between releases.
         context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
         context.check_hostname = True
         context.load_verify_locations(self._ca_bundle or certifi.where())
@@ -219,8 +220,8 @@ class PrivateChannel:
             for block in _blocks(head, body):
                 sock.sendall(block)
         except (BrokenPipeError, ConnectionResetError):
-            # A server may refuse a body, e.g. with 413, and close before it has read it all: its
-            # response, which has the reason, may be there already.
+            # A server may refuse a body, e.g. with 413, and close the connection before it has read
+            # it all: its response, with the reason, may already be there.
             if not wait_for_read(sock, timeout=0.0):
                 raise
 
@@ -230,12 +231,12 @@ class PrivateChannel:
         while True:
             status, version, headers = self._read_head(sock)
             if status >= 200:
-                break  # before it there may be "100 Continue" and the like
+                break  # skip "100 Continue" and the like
         began = time.perf_counter()
-        # HTTP/1.1 keeps a connection by default, HTTP/1.0 only where it is announced.
+        # HTTP/1.1 keeps a connection open by default, HTTP/1.0 only if the server says so.
         keep = headers.get("connection", "").lower()
         reusable = keep != "close" and (version == b"HTTP/1.1" or keep == "keep-alive")
-        # How long the body is: RFC 9112, section 6.3, in its order.
+        # The length of the body, by the rules of RFC 9112, section 6.3, in their order.
         if status in (204, 304):
             body = b""
         elif headers.get("transfer-encoding", "").lower() == "chunked":
@@ -257,7 +258,7 @@ class PrivateChannel:
         return Reply(status, headers, body, read_s)
 
     def _read_head(self, sock: Any) -> Tuple[int, bytes, Dict[str, str]]:
-        """Read the status line and the headers; a header given twice is joined with a comma."""
+        """Read the status line and the headers; repeated headers are joined with commas."""
         end = self._received.find(b"\r\n\r\n")
         while end < 0:
             if len(self._received) > MAX_HEAD_BYTES:
@@ -273,8 +274,8 @@ class PrivateChannel:
         headers: Dict[str, str] = {}
         for line in lines:
             name, colon, value = line.decode("latin-1").partition(":")
-            # No white space around a name: it would hide a length from other readers of the same
-            # bytes (RFC 9112, section 5.1), and a folded line is no header of its own.
+            # Refuse white space around a name: it would hide a length from other readers of the
+            # same bytes (RFC 9112, section 5.1), and a folded line is not a header of its own.
             if not colon or name != name.strip():
                 raise _malformed(f"one of its headers is {line[:80]!r}")
             key, value = name.lower(), value.strip()
@@ -282,7 +283,7 @@ class PrivateChannel:
         return int(code), version, headers
 
     def _recv(self, sock: Any, size: int) -> bytes:
-        """Read up to *size* bytes, no slower than the pace demands."""
+        """Read up to *size* bytes; raise if the response falls behind its pace."""
         try:
             self._pace.limit_next(sock)
             data: bytes = sock.recv(size)
@@ -293,7 +294,7 @@ class PrivateChannel:
         return data
 
     def _receive(self, sock: Any) -> None:
-        """Add what comes next to what was received; the end of the stream is an error here."""
+        """Append the next bytes to `_received`; the end of the stream is an error here."""
         data = self._recv(sock, _RECEIVE)
         if not data:
             what = "in the middle of a response" if self._received else "without a response"
@@ -303,7 +304,7 @@ class PrivateChannel:
     def _read_exactly(self, sock: Any, length: int) -> bytes:
         """Read *length* bytes."""
         have, self._received = self._received[:length], self._received[length:]
-        if len(have) == length:  # nearly always: it came together with the headers
+        if len(have) == length:  # nearly always: the body came together with the headers
             return have
         parts, missing = [have], length - len(have)
         while missing:
@@ -338,7 +339,7 @@ class PrivateChannel:
         end = self._received.find(b"\r\n")
         while end < 0:
             if len(self._received) > MAX_HEAD_BYTES:
-                raise _malformed("a line of it does not end")
+                raise _malformed("one of its lines does not end")
             self._receive(sock)
             end = self._received.find(b"\r\n")
         line, self._received = self._received[:end], self._received[end + 2 :]
@@ -355,10 +356,10 @@ class PrivateChannel:
 
 
 def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
-    """What to send, piece by piece."""
+    """Yield what to send, piece by piece."""
     blocks = iter(body if isinstance(body, Parts) else (body or b"",))
     first = next(blocks, b"")
-    # A larger one is not joined with the headers, because that would copy it.
+    # A larger block is sent separately: joining it with the headers would copy it.
     if len(first) <= _JOIN_BYTES:
         yield head + first
     else:
@@ -367,13 +368,13 @@ def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
     yield from blocks
 
 
-#: What a request can be sent over.
+#: Anything that a request can be sent over.
 AnyChannel = Union[Channel, PrivateChannel]
 
 
 def _as_requests_raises(error: BaseException) -> BaseException:
-    """What requests raises where urllib3's connect raises *error*."""
-    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # in urllib3 a timeout, too
+    """Return what requests raises when urllib3's connect raises *error*."""
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # also a timeout, in urllib3
     timeouts = (urllib3.exceptions.ConnectTimeoutError, socket.timeout)
     if isinstance(error, timeouts) and not refused:
         return requests.ConnectTimeout(error)

@@ -1,7 +1,7 @@
-"""Limits: how much may be in flight at the same time, and which thread waits for it.
+"""Limits: how much may be in flight at the same time, and which threads must wait.
 
-A `Quota` limits bytes or requests in flight, `UnreadLimit` the futures that were not read, and a
-`RateLimiter` the requests after a 429.  No threads: a caller that has to wait blocks in its own.
+A `Quota` limits bytes or requests in flight, `UnreadLimit` the unread futures, and a `RateLimiter`
+the requests after a 429.  None of them has a thread: they block the caller's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tinkex.errors import BackpressureError, ClientClosedError
 
 logger = logging.getLogger(__name__)
 
-#: A waiting thread checks this often, in seconds, whether it should stop; `wake` has it check now.
+#: How often, in seconds, a waiting thread checks whether to stop; `wake` makes it check now.
 _CHECK_INTERVAL_S = 1.0
 
-#: Places that were given back are counted once there are this many, or when none is left.
+#: Released places are counted once there are this many, or when no place is left.
 _COUNT_AT = 256
 
 #: After a back-off, requests go out a few at a time for this long, in seconds ...
@@ -32,13 +32,13 @@ MAX_AFTER_429 = 10
 
 
 class Waits(Protocol):
-    """A future, which shows what it waits for."""
+    """A future that shows what it is waiting for."""
 
     waiting_for: Optional[Callable[[], str]]
 
 
 class _Waiter:
-    """One place in the queue of a quota."""
+    """One waiting caller in the queue of a quota."""
 
     def __init__(self, amount: int) -> None:
         self.amount = amount
@@ -49,20 +49,20 @@ class _Waiter:
 class Quota:
     """A limit on what is in use at the same time; further callers wait, first come, first served.
 
-    An amount is granted while no more than *size* is in use (docs/protocol.md, "Back-pressure"), so
-    one larger than *size* still passes, and the next one waits for it.  Thread-safe.
+    An amount is granted whenever no more than *size* is in use (docs/protocol.md, "Back-pressure"):
+    even one larger than *size* passes, and the next caller waits for its release.  Thread-safe.
 
     Args:
-        name: of what is counted, for messages.
+        name: what is counted, for messages.
         size: the limit; may be changed at any time.
-        unit: writes an amount in words.
+        unit: formats an amount for messages.
     """
 
     def __init__(self, name: str, size: int, unit: Callable[[int], str]) -> None:
         self.size = size
         self._name = name
         self._unit = unit
-        # Guards the rest, and the waiters in the queue.
+        # Guards what follows, and the waiters in the queue.
         self._lock = threading.Lock()
         self._used = 0
         self._queue: Deque[_Waiter] = collections.deque()
@@ -75,18 +75,18 @@ class Quota:
         *future* shows the wait in its status.  Give the amount back with `release`.
 
         Raises:
-            ClientClosedError: *stopped*, which is checked once a second and at `wake`.
+            ClientClosedError: *stopped* returned True; it is checked once a second and at `wake`.
         """
         with self._lock:
-            # Not past those who wait: a steady flow of small requests would starve a large one.
+            # Don't overtake waiting callers: a flow of small requests would starve a large one.
             if not self._queue and self._used <= self.size:
                 self._used += amount
                 return
-        # The names of this method and its like show in a stack dump what a thread waits for.
+        # A separate method, so that its name in a stack dump shows what the thread is waiting for.
         self._wait_for_quota(amount, stopped, future)
 
     def release(self, amount: int) -> None:
-        """Give back what was taken.  Does not block."""
+        """Give *amount* back.  Does not block."""
         with self._lock:
             self._used -= amount
             if self._queue:
@@ -96,7 +96,7 @@ class Quota:
     def holding(
         self, amount: int, stopped: Callable[[], bool], future: Optional[Waits] = None
     ) -> Iterator[None]:
-        """Hold *amount* inside; see `acquire`."""
+        """Hold *amount* inside the block; see `acquire`."""
         self.acquire(amount, stopped, future)
         try:
             yield
@@ -110,7 +110,7 @@ class Quota:
                 waiter.woken.set()
 
     def describe(self) -> str:
-        """In words, how much of it is in use."""
+        """Return in words how much is in use."""
         return f"{self._name}: {self._unit(self._used)} of {self._unit(self.size)} in flight"
 
     def _wait_for_quota(
@@ -120,7 +120,7 @@ class Quota:
         try:
             with self._lock:
                 self._queue.append(waiter)
-                # All may have been given back since `acquire` looked, and no release would follow.
+                # The last release may have come since `acquire` looked: no other would grant this.
                 self._grant_locked()
             if future is not None:
                 future.waiting_for = self.describe
@@ -128,11 +128,11 @@ class Quota:
                 if stopped():
                     raise ClientClosedError(f"closed or cancelled during a wait ({self._name})")
                 waiter.woken.wait(_CHECK_INTERVAL_S)
-                # Only `wake` sets it without granting.  A grant after this check is seen by the
-                # loop, which looks at `granted` before it waits again.
+                # Only `wake` sets the event without a grant.  If a grant follows this check, the
+                # loop sees it: it looks at `granted` before it waits again.
                 if not waiter.granted:
                     waiter.woken.clear()
-        except BaseException:  # Ctrl-C, too: what was granted meanwhile would be lost
+        except BaseException:  # Ctrl-C, too: an amount granted meanwhile would leak
             self._leave_queue(waiter)
             raise
         finally:
@@ -156,22 +156,24 @@ class Quota:
 
 
 def megabytes(amount: int) -> str:
-    """Write an amount of bytes: ``"3.1 MB"``."""
+    """Format a number of bytes, e.g. ``"3.1 MB"``."""
     return f"{amount / 1e6:.1f} MB"
 
 
 class UnreadLimit:
-    """Limits the futures of a client that were not read yet.  Thread-safe.
+    """Limits the unread futures of a client.  Thread-safe.
 
-    A future is read with `result`, `exception` or a callback, or when it is collected.
+    A future counts as read after `result`, `exception` or a callback, or once it is
+    garbage-collected.
 
-    A thread that waits here cannot read, so a program without another thread waits forever.  That
-    cannot be detected, since any thread may start to read: the log warns of it.
+    A thread that waits here cannot read, so a program with no other thread waits forever.  This
+    cannot be detected, since another thread may still start to read; the log warns of it.
 
     Args:
-        limit: at this many, `acquire` waits, or raises if *raises*; None counts nothing.
-        closing: ends waiting.
-        notice_after_s: a longer wait is logged.
+        limit: once this many are unread, `acquire` waits, or raises if *raises*; None means no
+            limit.
+        closing: ends every wait when set.
+        notice_after_s: a wait longer than this, in seconds, is logged.
     """
 
     def __init__(
@@ -181,14 +183,14 @@ class UnreadLimit:
         self._raises = raises
         self._closing = closing
         self._notice_after_s = notice_after_s
-        # Places given back.  A queue and not a counter with a lock: finalizers release places, and
-        # one may run in a thread that holds the lock.
+        # Released places.  A queue and not a counter with a lock: finalizers release places, and a
+        # finalizer may run in a thread that already holds the lock.
         self._released: Inbox[None] = Inbox()
-        # Guards _count, which includes those in _released, and _submitters.
+        # Guards _submitters and _count, which includes the places in _released.
         self._lock = threading.Lock()
         self._count = 0
-        # Threads that took a place; after the second one it does not matter.  Not their ids, which
-        # are reused.
+        # The first two threads that took a place: all that matters is whether there is more than
+        # one.  Not their ids, which are reused.
         self._submitters: Set[threading.Thread] = set()
 
     @property
@@ -197,11 +199,11 @@ class UnreadLimit:
         return self._limit is not None
 
     def acquire(self, what: str) -> None:
-        """Take a place for the future of *what*; blocks while there is none.
+        """Take a place for the future of *what*; blocks while no place is free.
 
         Raises:
-            BackpressureError: there is none, and the limit *raises*.
-            ClientClosedError: the client was closed meanwhile.
+            BackpressureError: no place is free, and *raises* is set.
+            ClientClosedError: the client was closed during the wait.
         """
         if self._limit is None:
             return
@@ -222,7 +224,7 @@ class UnreadLimit:
         self._released.put(None)
 
     def wake(self) -> None:
-        """Have waiting threads check whether the client is closing."""
+        """Make waiting threads check whether the client is closing."""
         self._released.put(None)
 
     def _count_released_locked(self) -> None:
@@ -242,8 +244,8 @@ class UnreadLimit:
                 pass
             else:
                 if not self._closing.is_set():
-                    return  # it has taken over the place of a future that was read
-                self._released.put(None)  # `wake` puts one for all threads: pass it on
+                    return  # this thread takes over the place of a future that was read
+                self._released.put(None)  # `wake` puts one item for all threads: pass it on
             if self._closing.is_set():
                 raise ClientClosedError(f"{what}: the client was closed during a wait")
             if wait.notice_is_due():
@@ -260,17 +262,17 @@ class UnreadLimit:
         if len(self._submitters) > 1:
             return ""
         return (
-            f"Only this thread, {threading.current_thread().name}, has submitted any; if no other "
-            "one reads them, it waits for itself, for ever. "
+            f"Only this thread, {threading.current_thread().name}, has submitted requests: unless "
+            "another thread reads their results, it waits forever. "
         )
 
     def _full(self) -> str:
-        return f"the results of max_unread = {self._limit} futures were not read"
+        return f"{self._limit} results are unread (max_unread = {self._limit})"
 
 
 _READ_THEM = (
-    "Read some with result() before you submit more (sample_many does), drop those that are not "
-    "needed, or set a larger max_unread; on_backpressure='raise' raises instead."
+    "Read some with result() before you submit more (sample_many does), drop futures that you do "
+    "not need, or set a larger max_unread; on_backpressure='raise' raises instead."
 )
 
 
@@ -278,20 +280,20 @@ class RateLimiter:
     """Throttles submissions after a 429, for all clients of a server and key.  Thread-safe.
 
     For a while after the back-off, requests go out a few at a time (docs/protocol.md,
-    "Back-pressure"): otherwise all that waited would reach the server in the same moment.
+    "Back-pressure"): otherwise all waiting requests would reach the server at the same moment.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
-        # Guards writes to _not_before.  Each request reads it, without the lock: one that reads the
-        # old value goes out as it would have a moment before.
+        # Guards writes to _not_before.  Each request reads it without the lock: a request that
+        # reads the old value goes out as it would have a moment earlier.
         self._lock = threading.Lock()
         self._not_before = float("-inf")
-        # A quota grants while no more than its size is in use, which is one more request.
+        # One less, because a quota still grants a request while exactly its size is in use.
         self._quota = Quota("requests after a 429", MAX_AFTER_429 - 1, unit=str)
 
     def back_off(self, delay_s: float) -> None:
-        """Pause submissions for *delay_s* seconds; a longer back-off that began earlier stands."""
+        """Pause submissions for *delay_s* seconds; an earlier back-off that ends later stands."""
         until = self._clock.monotonic() + delay_s
         with self._lock:
             self._not_before = max(self._not_before, until)
@@ -302,11 +304,11 @@ class RateLimiter:
 
     @property
     def throttled(self) -> bool:
-        """True during a back-off and shortly after it: then use `acquire`.  Does not block."""
+        """True during a back-off and shortly after it: use `acquire` then.  Does not block."""
         return self._clock.monotonic() < self._not_before + RECENT_S
 
     def acquire(self, pause: Callable[[float], None], stopped: Callable[[], bool]) -> None:
-        """Wait for the end of the back-off and for one of MAX_AFTER_429 places; see `release`.
+        """Wait for the end of the back-off and take one of MAX_AFTER_429 places; see `release`.
 
         *pause* waits for a number of seconds and raises if *stopped*, which is checked regularly.
         """
@@ -322,11 +324,11 @@ class RateLimiter:
         self._quota.release(1)
 
     def wake(self) -> None:
-        """Have threads that wait for a place check whether they are stopped."""
+        """Make threads that wait for a place check whether they are stopped."""
         self._quota.wake()
 
     def describe(self) -> Optional[str]:
-        """In words, how requests are throttled; None if they are not."""
+        """Return in words how requests are throttled; None if they are not."""
         wait_s = self.wait_s()
         if wait_s > 0:
             return f"rate-limited by the server (429), {wait_s:.1f} s to go"

@@ -1,4 +1,4 @@
-"""Keeping secrets out of what people read: responses that echo them, errors, logs."""
+"""Keeping secrets out of everything that people read: responses that echo them, errors, logs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SENSITIVE = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
 class Redactor:
     """Removes the secrets of one client from texts and responses.  Thread-safe.
 
-    The secrets are the key and the tokens made from it, those in the settings, and those of a
+    The secrets are the key, the tokens made from it, the secrets in the settings, and those of a
     request.
     """
 
@@ -40,13 +40,13 @@ class Redactor:
             self._settings.append(password)
 
     def text(self, text: str, request: Optional[Request] = None) -> str:
-        """Return *text* without secrets, those of *request* among them."""
+        """Return *text* without secrets, including those of *request*."""
         for secret in self._secrets(request, _MIN_LENGTH):
             text = text.replace(secret, self._stand_in(secret))
         return text
 
     def reply(self, reply: Reply, request: Request) -> Reply:
-        """Return *reply* without secrets that its body echoes, before they get into an error.
+        """Return *reply* without any secrets that its body echoes, before they get into an error.
 
         Binary responses are returned as they are: their contents are never shown.
         """
@@ -61,7 +61,7 @@ class Redactor:
         return reply if body is reply.body else dataclasses.replace(reply, body=body)
 
     def _secrets(self, request: Optional[Request], min_length: int) -> List[str]:
-        """Those of *min_length* or more; longer ones first, as they may contain shorter ones."""
+        """Return secrets of *min_length* or more, longest first: one may contain another."""
         own = () if request is None else request.secrets
         found = {*self._settings, *self._tokens.secrets, *own}
         return sorted((s for s in found if len(s) >= min_length), key=len, reverse=True)

@@ -1,6 +1,6 @@
-"""One request and one response, as they go over the wire, and where a redirect leads.
+"""One request and one response, as sent over the wire, and where a redirect leads.
 
-Values and pure functions only: Transport sends.
+Values and pure functions only: Transport does the sending.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ NOT_JSON_HINT = ErrorText(
     "Is ", Setting("base_url"), " the address of a Tinker server, and its path prefix right?"
 )
 
-#: Redirects in a row that are followed.
+#: How many redirects in a row are followed.
 MAX_HOPS = 5
 
-#: Redirects that keep the method and the body; the others turn a POST into a GET, which no route
-#: of the protocol means.
+#: Redirects that keep the method and the body.  The others turn a POST into a GET, which no route
+#: of the protocol intends.
 _KEEP_METHOD = (307, 308)
 _REDIRECTS = (301, 302, 303, *_KEEP_METHOD)
 
@@ -35,17 +35,17 @@ class Request:
     """One logical request; every attempt sends the same bytes and the same idempotency key.
 
     Attributes:
-        body: bytes, or the parts of a batch, whose arrays must not change until it was sent.
-        read_timeout_s: of one attempt; None takes the config's.
-        headers: of this request only; they are not sent to another origin after a redirect.
-        secrets: what *headers* or *body* hold that must not be shown, should the server echo it.
-        idempotency_key: of all attempts; None has one made.
+        body: bytes, or the parts of a batch, whose arrays must not change until they were sent.
+        read_timeout_s: the read timeout of one attempt; None takes the config's.
+        headers: headers of this request only; not sent to another origin after a redirect.
+        secrets: strings in *headers* or *body* that must not be shown if the server echoes them.
+        idempotency_key: the key of all attempts; None makes one.
         raw_credential: send the credential itself, never a token exchanged for it.
-        secret_reply: the response is a secret, and shown nowhere.
+        secret_reply: the response is a secret and never shown.
         follow_redirects: follow redirects (see `next_hop`), without credentials to another origin;
             False returns the 3xx response itself.
-        empty_response_ok: a success may have no body, since it is not read.
-        encode_s: the seconds that making the body took, for `ServiceClient.metrics`; None is not
+        empty_response_ok: a success may have no body: the caller does not read it.
+        encode_s: the seconds it took to encode the body, for `ServiceClient.metrics`; None is not
             counted.
     """
 
@@ -66,13 +66,13 @@ class Request:
     encode_s: Optional[float] = dataclasses.field(default=None, repr=False, compare=False)
 
     def keep_body(self) -> None:
-        """Have it send the same bytes again even if its arrays are changed meanwhile."""
+        """Copy the body's arrays, so that a later attempt sends the same bytes as the first."""
         if isinstance(self.body, Parts):
             self.body.keep()
 
     @property
     def name(self) -> str:
-        """Method and path, for messages."""
+        """Method and path without the query, for messages."""
         return f"{self.method} {self.path.partition('?')[0]}"
 
 
@@ -81,28 +81,28 @@ class Reply:
     """A response of any status, read to its end.
 
     Attributes:
-        headers: with lower-case names.
-        read_s: the seconds from its headers to its end.
+        headers: headers by lower-case name.
+        read_s: the seconds from the response's headers to its end.
     """
 
     status: int
     headers: Mapping[str, str] = dataclasses.field(repr=False)
     body: bytes = dataclasses.field(repr=False)
     read_s: float = dataclasses.field(default=0.0, repr=False, compare=False)
-    # The decoded body, kept from `is_damaged` to `json`, so that it is decoded once.  A list,
-    # because the fields of a frozen value cannot be replaced.
+    # The decoded body, kept from `is_damaged` for `json`, so that it is decoded only once.  A list,
+    # because the fields of a frozen dataclass cannot be replaced.
     _decoded: List[Any] = dataclasses.field(
         default_factory=list, init=False, repr=False, compare=False
     )
 
     @property
     def content_type(self) -> str:
-        """Lower-case content type, with its parameters."""
+        """The lower-case content type, with its parameters."""
         return self.headers.get("content-type", "").lower()
 
     @property
     def is_damaged(self) -> bool:
-        """True for a success that is not JSON: if it cannot be read, it was damaged in transit."""
+        """True for a success that is not JSON; if it should be, it was damaged in transit."""
         if self.status >= 300:
             return False
         try:
@@ -112,9 +112,9 @@ class Reply:
         return False
 
     def json(self) -> Any:
-        """The decoded body, the caller's own; ResponseDecodeError if it is not JSON."""
+        """Return the decoded body, the caller's own; ResponseDecodeError if it is not JSON."""
         if self._decoded:
-            # Popped, not shared: the caller may change what it gets.
+            # Pop it rather than share it: the caller may change the value.
             return self._decoded.pop()
         try:
             return orjson.loads(self.body)
@@ -142,7 +142,7 @@ def next_hop(method: str, url: str, status: int, location: Optional[str]) -> Opt
         return None
     if scheme not in ("http", "https") or not urlsplit(target).hostname:
         return None
-    # From https to http, the request and its response would travel in the clear.
+    # From https to http, the request and its response would travel unencrypted.
     if scheme == "http" and urlsplit(url).scheme == "https":
         return None
     return target
@@ -154,7 +154,7 @@ def same_origin(one: str, other: str) -> bool:
 
 
 def host_of_redirect(location: str) -> str:
-    """Where a redirect leads, for messages: without path and query, which may hold a signature."""
+    """Return where a redirect leads, for messages: no path or query, which may hold a signature."""
     try:
         parts = urlsplit(location)
         return f"{parts.scheme}://{parts.hostname}" if parts.hostname else "elsewhere"

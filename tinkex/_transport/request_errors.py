@@ -1,8 +1,8 @@
-"""Typed errors of failed attempts: no response, an error status, a gateway's page, damaged JSON.
+"""Typed errors for failed attempts: no response, an error status, a gateway's page, damaged JSON.
 
 The server's own responses are JSON or protobuf, or the plain text of its web framework.  Anything
 else (an HTML page, an empty body, XML) comes from a load balancer, a sign-on page or a captive
-portal.  It reports nothing about the request: it is an outage, and the request can be repeated.
+portal.  It says nothing about the request: it is an outage, and the request can be sent again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from tinkex.retry import retry_after_s
 if TYPE_CHECKING:
     from tinkex._transport.redaction import Redactor
 
-#: Raised only while a connection is being made.
+#: Errors raised only while a connection is being made.
 _CONNECTING = (
     urllib3.exceptions.NewConnectionError,
     ConnectionRefusedError,
     socket.gaierror,
 )
 
-#: Raised for a request that cannot be sent at all: another attempt would fail in the same way.
+#: Errors for a request that cannot be sent at all: another attempt would fail in the same way.
 _IMPOSSIBLE = (
     requests.exceptions.InvalidURL,
     requests.exceptions.InvalidHeader,
@@ -50,7 +50,7 @@ _IMPOSSIBLE = (
     requests.exceptions.InvalidSchema,
 )
 
-#: Errors whose text is complete: where in this package they were raised does not help.
+#: Errors whose text is enough: knowing where in this package they were raised does not help.
 _PLAIN = (
     TinkexError,
     requests.RequestException,
@@ -66,7 +66,7 @@ _HINTS: Mapping[int, str] = {
         " or run `tinkex auth login`: the server asks for a key that it knows.",
     ),
     402: "The account cannot pay for this: check its billing set-up.",
-    403: "The key is known but may not do this.",
+    403: "The key is valid, but has no permission for this.",
 }
 
 GATEWAY_HINT = ErrorText(
@@ -76,9 +76,9 @@ GATEWAY_HINT = ErrorText(
     " and its path prefix.",
 )
 
-#: Retried in any case, a gateway's response or not.
+#: Retried in any case, whether the server or a gateway responded.
 _ALWAYS_RETRIED = (408, 429)
-#: A gateway's limits on a request's size: sent again, it is no smaller.
+#: A gateway's limits on the size of a request, which is no smaller when sent again.
 _TOO_LARGE = (413, 414, 431)
 
 #: Plain text of well-known gateways: Traefik and Go's default, ingress-nginx, Envoy.
@@ -89,10 +89,10 @@ _GATEWAY_TEXTS = (
     b"upstream connect error",
 )
 
-#: White space and the byte order mark, which may come before the first character of a body.
+#: White space and the byte order mark, which may precede the first character of a body.
 _BLANKS = b" \t\r\n\xef\xbb\xbf"
 
-#: Characters of a body that messages show.
+#: How many characters of a body messages show.
 _SHOWN = 200
 
 
@@ -105,7 +105,7 @@ def connection_error(
     error: requests.RequestException,
     redact: Callable[[str], str],
 ) -> APIConnectionError:
-    """Make the typed error for *error*; *redact* takes secrets out of a text."""
+    """Make the typed error for *error*; *redact* removes secrets from a text."""
     where = config.host_and_port
     if _in_handshake(error):
         http_url = config.base_url.replace("https:", "http:", 1)
@@ -132,12 +132,12 @@ def connection_error(
         unsent.maybe_taken = False
         return unsent
     if isinstance(error, requests.exceptions.ProxyError):
-        # Without the URL's user name and password.
+        # Leave out the URL's user name and password.
         proxy = urlsplit(config.proxy or "")
         reason = f"the proxy {proxy.hostname}:{proxy.port}: {reason}"
     unreachable = APIConnectionError(
         f"cannot reach {where} for {request.name}: {reason}",
-        # A certificate that is refused now is refused by every attempt.
+        # A certificate that is refused now will be refused at every attempt.
         retryable=not isinstance(error, requests.exceptions.SSLError),
         hint=descriptors.advice() if descriptors.are_exhausted(error) else _advice(config),
     )
@@ -146,7 +146,7 @@ def connection_error(
 
 
 def _never_connected(error: requests.RequestException) -> bool:
-    """True if no connection was made, so that nothing can have arrived."""
+    """True if no connection was made, so that the request cannot have arrived."""
     if isinstance(error, (requests.exceptions.SSLError, requests.exceptions.ProxyError)):
         return True
     inner: Any = error.args[0] if error.args else None
@@ -154,12 +154,12 @@ def _never_connected(error: requests.RequestException) -> bool:
 
 
 def _in_handshake(error: requests.RequestException) -> bool:
-    """True for a timeout before a byte of the request was sent, which requests calls of reading."""
+    """True for a timeout in the TLS handshake, which requests calls a ReadTimeout."""
     if not isinstance(error, requests.ReadTimeout):
         return False
     inner = error.__cause__ or error.__context__
     cause = inner and (inner.__cause__ or inner.__context__)
-    # Nothing but the text of ssl's error tells it from a timeout of the response.
+    # Only the text of ssl's error distinguishes it from a timeout of the response.
     return isinstance(cause, socket.timeout) and "handshake" in str(cause)
 
 
@@ -181,7 +181,7 @@ def _is_stalled_body(error: requests.RequestException) -> bool:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, in words: it wraps the cause three deep."""
+    """Return the innermost reason of a requests error, which wraps the cause three deep."""
     seen: BaseException = error
     while True:
         # urllib3 keeps the cause in `reason` (MaxRetryError), requests in its first argument, and
@@ -208,12 +208,12 @@ def root_cause(error: BaseException) -> str:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Drop the tracebacks of *error* and its causes: of errors of ours, and of the transport's.
+    """Drop the tracebacks of *error* and its causes, if they are our own or the transport's errors.
 
-    Other errors, such as one of a user's function, keep theirs.
+    Other errors, such as those of a user's function, keep their tracebacks.
     """
     # The frames hold the request and its future, which holds the error: a cycle that only the
-    # garbage collector finds, if it ever runs.
+    # garbage collector can free, if it ever runs.
     left: List[Optional[BaseException]] = [error]
     seen: Set[int] = set()
     while left:
@@ -234,7 +234,7 @@ def status_error(
 ) -> APIError:
     """Make the typed error for a response with an error status.
 
-    *wall* is now, in seconds since the epoch; *redact* takes secrets out of a text.
+    *wall* is the current time, in seconds since the epoch; *redact* removes secrets from a text.
     """
     body, detail = _read_error_body(reply, redact)
     return status_error_type(reply.status)(
@@ -258,7 +258,7 @@ def _hint(reply: Reply) -> Optional[str]:
 
 
 def _read_error_body(reply: Reply, redact: Callable[[str], str]) -> Tuple[Any, str]:
-    """The decoded body, and the part of it a person wants to read."""
+    """Return the decoded body, and the part of it that a person wants to read."""
     try:
         body: Any = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
@@ -266,16 +266,16 @@ def _read_error_body(reply: Reply, redact: Callable[[str], str]) -> Tuple[Any, s
         return text or None, text
     detail = body
     if isinstance(body, dict):
-        # Web frameworks differ in the name of the field; FastAPI's is `detail`.
+        # The field's name depends on the web framework; FastAPI's is `detail`.
         detail = body.get("detail") or body.get("error") or body.get("message") or body
     text = detail if isinstance(detail, str) else orjson.dumps(detail).decode()
     text = redact(text)[:500]
-    # The error keeps its body, but not a large one: FastAPI's 422 echoes the batch.
+    # The error keeps the body, unless it is large: FastAPI's 422 echoes the whole batch.
     return (body if len(reply.body) <= 500 else text), text
 
 
 def repeated_error_hint(request: Request, times: int) -> str:
-    """The hint of an error that has come several *times*, word for word."""
+    """Return the hint for an error that was returned several *times*, word for word."""
     return (
         f"The server returned the same error {times} times: its route {request.name} is broken, or "
         "fails for this request. See its log."
@@ -283,9 +283,9 @@ def repeated_error_hint(request: Request, times: int) -> str:
 
 
 def unreachable_server(error: APIError, config: Config) -> Dict[str, Optional[str]]:
-    """Return the *extra* of a log record about *error*: the server, if nothing responds there."""
+    """Return the *extra* of a log record about *error*: names the server if it is unreachable."""
     is_outage = isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
-    # With a status, something did respond: a gateway.
+    # If there is a status, something did respond: a gateway.
     return {"unreachable": config.host_and_port if is_outage and error.status is None else None}
 
 
@@ -295,10 +295,10 @@ def unreachable_server(error: APIError, config: Config) -> Dict[str, Optional[st
 def gateway_error(
     request: Request, reply: Reply, wall: float, redactor: Redactor
 ) -> Optional[APIConnectionError]:
-    """The error for a response of a gateway in the place of the server; None for the server's own.
+    """Return the error if a gateway responded in place of the server; None if the server did.
 
-    Its ``__cause__`` is the error for the case that it was the server after all, which
-    `tinkex.retry.server_error_behind` returns.
+    Its ``__cause__``, which `tinkex.retry.server_error_behind` returns, is the error to raise if
+    the response was the server's after all.
     """
     if not is_from_gateway(request, reply):
         return None
@@ -308,8 +308,8 @@ def gateway_error(
         status=reply.status,
         hint=GATEWAY_HINT,
     )
-    # A success may be the server's, with its body lost; with another status, gateways send nothing
-    # on to the server.
+    # A success may be the server's, with its body lost; with any other status, a gateway has not
+    # passed the request on to the server.
     error.maybe_taken = reply.status < 300
     if reply.status < 300:
         error.__cause__ = _not_json_error(request, reply, text)
@@ -319,9 +319,9 @@ def gateway_error(
 
 
 def is_from_gateway(request: Request, reply: Reply) -> bool:
-    """True if *reply* is plainly not the server's.
+    """True if *reply* is clearly not the server's.
 
-    False for statuses that decide by themselves whether a request is sent again.
+    False for statuses that alone decide whether a request is sent again.
     """
     status = reply.status
     if status in (*_ALWAYS_RETRIED, *_TOO_LARGE) or (status >= 500 and status != 501):
@@ -330,7 +330,7 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
         return False
     kind = reply.content_type
     if "protobuf" in kind:
-        return False  # it may begin with any byte, and an empty message has none
+        return False  # may begin with any byte; an empty message has none
     if not reply.body:
         return not (status == 204 or (status < 300 and request.empty_response_ok))
     # The first character decides before the content type does: gateways send HTML as text/plain,
@@ -342,15 +342,16 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
         return False
     if "json" in kind:
         return False
-    # An error in plain text is the web framework's own, unless its words are a gateway's.
+    # An error in plain text is the server's web framework's, unless its words are a gateway's.
     plain = status >= 300 and kind.partition(";")[0].strip() in ("text/plain", "")
     return not plain or start.lower().startswith(_GATEWAY_TEXTS)
 
 
 def error_if_damaged(request: Request, reply: Reply) -> Optional[ResponseDecodeError]:
-    """The error for a success that should be JSON and is not; None if all is well.
+    """Return the error for a success that should be JSON but is not; None if all is well.
 
-    The work was done.  Sent again, under the same key, the request gets its response once more.
+    The work was done.  If the request is sent again under the same idempotency key, the server
+    sends the same response again.
     """
     if request.empty_response_ok or "protobuf" in reply.content_type or not reply.is_damaged:
         return None
@@ -368,7 +369,7 @@ def _not_json_error(request: Request, reply: Reply, text: str) -> ResponseDecode
 
 
 def describe(request: Request, reply: Reply) -> str:
-    """Status, content type and the beginning of the body, for messages; may hold secrets."""
+    """Return status, content type and the beginning of the body, for messages; may hold secrets."""
     kind = reply.content_type.partition(";")[0].strip() or "no content type"
     if request.secret_reply:
         return f"status {reply.status}, {kind}"

@@ -1,7 +1,7 @@
-"""The log of requests: one DEBUG record of the logger of this module for each attempt.
+"""The log of requests: one DEBUG record of this module's logger for each attempt.
 
-Method, path without its query, ids, status, bytes and milliseconds; no header, no key, and of the
-bodies nothing but ids.  `tinkex --verbose` shows it, and so does
+A record has the method, the path without its query, ids, status, bytes and milliseconds; no header,
+no key, and nothing from the bodies but ids.  `tinkex --verbose` shows it, and so does
 ``logging.getLogger("tinkex._transport.request_log").setLevel(logging.DEBUG)``.
 """
 
@@ -18,16 +18,16 @@ from tinkex._transport.request import Body, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-#: Ids are read from bodies up to this size, in bytes: larger ones hold data.
+#: Ids are read from bodies up to this size, in bytes: larger bodies hold data.
 _MAX_READ = 1 << 16
 
-#: The top-level fields of bodies that are shown.
+#: The top-level fields of a body that are logged.
 _ID = re.compile(r"(\w+_id|path|model_path)")
 _LONGEST_ID = 200
 
 
 def is_on() -> bool:
-    """Return whether anything is logged; if not, nothing needs to be measured."""
+    """Return whether requests are logged; if not, nothing needs to be measured."""
     return logger.isEnabledFor(logging.DEBUG)
 
 
@@ -38,7 +38,7 @@ def log_exchange(
     took_s: float,
     redact: Callable[[str], str],
 ) -> None:
-    """Log an attempt of *request*, with its response or the error in its place."""
+    """Log an attempt of *request*, with its response or the error raised instead."""
     ids = _ids(request.body)
     sent = len(request.body or b"")
     if isinstance(outcome, Exception):
@@ -71,12 +71,12 @@ def _log(
     line += f"{received} B received, " if received is not None else ""
     line += f"{1000 * took_s:.1f} ms"
     line += "".join(f", {name}={value}" for name, value in ids.items())
-    # The complete line: a path or an id may be a secret that the caller mistook for one.
+    # Redact the whole line: the caller may have passed a secret as a path or an id.
     logger.debug("%s", redact(line))
 
 
 def _ids(body: Body) -> Dict[str, Any]:
-    """Return the ids in a JSON body, by their names."""
+    """Return the ids in a JSON body, by field name."""
     if not isinstance(body, bytes) or len(body) > _MAX_READ or not body.startswith(b"{"):
         return {}
     try:

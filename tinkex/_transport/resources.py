@@ -1,6 +1,6 @@
-"""ClientResources: the transport of one client, and what bounds and counts its work.
+"""ClientResources: the transport of one client, with the limits and counters of its work.
 
-A client's Runtime owns them and hands them on.
+A client's Runtime owns them and passes them on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.metrics import Recorder
 
-# What a token of a prompt counts, in bytes, and by how much more shortly after a 429
+# How many bytes a prompt token counts as, and how many times more shortly after a 429
 # (docs/protocol.md, "Back-pressure").
 _TOKEN_BYTES = 10
 _THROTTLED_FACTOR = 20
@@ -27,8 +27,8 @@ _THROTTLED_FACTOR = 20
 class ByteLimits:
     """Limits on the bytes that one client has in flight.  Thread-safe; no threads of its own.
 
-    The sizes are those of the server's flags, or the caller's own where those are smaller:
-    docs/protocol.md, "Back-pressure".
+    Each size is the server's flag or the caller's own setting, whichever is smaller
+    (docs/protocol.md, "Back-pressure").
 
     Attributes:
         samples: sampling requests being submitted.
@@ -46,20 +46,20 @@ class ByteLimits:
         self._resize(ServerFlags())
 
     def sample_bytes(self, tokens: int) -> int:
-        """What a sampling request with this many prompt *tokens* takes of ``samples`` now."""
+        """Return how much of ``samples`` a request with this many prompt *tokens* takes now."""
         self.adjust()
         return tokens * _TOKEN_BYTES * (_THROTTLED_FACTOR if self._server.limiter.throttled else 1)
 
     def adjust(self) -> None:
         """Apply the server's flags, once they are known."""
-        # Two threads may both do it, with the same outcome.
+        # Two threads may both do this, with the same outcome.
         flags = self._server.flags.static
         if flags is not None and not self._sized_by_server:
             self._sized_by_server = True
             self._resize(flags)
 
     def wake(self) -> None:
-        """Have everything that waits notice that the client was closed."""
+        """Wake every waiting thread, so that it notices that the client was closed."""
         for quota in (self.samples, self.batches, self.results):
             quota.wake()
 
@@ -78,12 +78,12 @@ class ClientResources:
     """What the threads of one client share.  Thread-safe.
 
     Attributes:
-        transport: sends its requests.  What is known of the server is in its ``server``.
+        transport: sends the client's requests; its ``server`` holds what is known about the server.
         limits: how many bytes may be in flight.
         unread: how many futures may be unread.
-        recorder: counts its work, for `ServiceClient.metrics`.
-        billing: how long it waits while the account cannot pay.
-        pools: its threads, except those of callbacks and of telemetry.
+        recorder: counts the client's work, for `ServiceClient.metrics`.
+        billing: decides how long to wait while the account cannot pay.
+        pools: the client's threads, except those for callbacks and telemetry.
     """
 
     transport: Transport
@@ -97,9 +97,9 @@ class ClientResources:
     def open(
         cls, config: Config, closing: threading.Event, clock: Clock = SYSTEM_CLOCK
     ) -> ClientResources:
-        """Make those of a new client; nothing is sent.
+        """Make the resources of a new client; nothing is sent.
 
-        *closing* is set by the owner before `abort`, and ends every wait.
+        The owner sets *closing* before it calls `abort`; the event ends every wait.
         """
         recorder = Recorder()
         billing = BillingPause(config.host_and_port, clock)
@@ -116,7 +116,7 @@ class ClientResources:
         return cls(transport, limits, unread, recorder, billing, WorkerPools())
 
     def abort(self) -> None:
-        """Abort every request in flight, and wake everything that waits."""
+        """Abort every request in flight, and wake every waiting thread."""
         self.transport.abort()
         self.limits.wake()
         self.unread.wake()

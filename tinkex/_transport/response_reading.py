@@ -1,7 +1,7 @@
-"""Reading responses, on both kinds of connections: length, end, pace and content coding.
+"""Reading responses on both kinds of connections: length, end, pace and content coding.
 
 http.client takes a response that is cut off inside its headers for a complete one without a body,
-ignores lengths that are not numbers, and waits for a body as long as a byte comes now and then.
+ignores lengths that are not numbers, and waits for a body as long as a byte arrives now and then.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
 #: The content codings that can be undone here.
 ACCEPT_ENCODING = "gzip, deflate" + (", zstd" if _HAVE_ZSTD else "")
 
-#: The slowest pace of a response: it may take one second longer for each of these many bytes.
+#: The slowest pace of a response: for each of these many bytes it may take one more second.
 MIN_BYTES_PER_S = 1024
-#: A request with a body up to this size fits into the buffers of the socket: the time of its
-#: response begins with the request.  A larger one may take long to send.
+#: A request body up to this size fits into the socket's buffers, so the response's time begins with
+#: the request.  A larger body may take long to send.
 SMALL_BODY = 65536
-#: Digits of a Content-Length, and of the size of a chunk; larger ones fit into no memory.
+#: The most digits of a Content-Length and of a chunk's size; no larger body fits into memory.
 _MAX_DIGITS = 15
 _MAX_HEX_DIGITS = 12
 _HEX_DIGITS = b"0123456789abcdefABCDEF"
@@ -39,12 +39,12 @@ def content_length(text: str) -> int:
     """Read a Content-Length; the same number several times counts as one (RFC 9110, 8.6).
 
     Raises:
-        ValueError: it is not a length; the message shows the beginning.
+        ValueError: *text* is not a length; the message shows its beginning.
     """
     values = {part.strip() for part in text.split(",")}
     value = values.pop()
-    # int() alone would accept "+5", "1_000" and digits of other scripts, which other readers of
-    # the same response take for something else.
+    # int() alone would accept "+5", "1_000" and digits of other scripts, which other readers of the
+    # same response interpret differently.
     if values or not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
         raise ValueError(f"its Content-Length is {text[:40]!r}")
     return int(value)
@@ -54,7 +54,7 @@ def chunk_size(text: bytes) -> int:
     """Read the size of a chunk, in hexadecimal digits (RFC 9112, 7.1).
 
     Raises:
-        ValueError: it is not a size; the message shows the beginning.
+        ValueError: *text* is not a size; the message shows its beginning.
     """
     digits = text.lstrip(b"0") or text[-1:]
     if not 0 < len(digits) <= _MAX_HEX_DIGITS or digits.translate(None, _HEX_DIGITS):
@@ -63,12 +63,12 @@ def chunk_size(text: bytes) -> int:
 
 
 class Pace:
-    """Bounds the time that one response takes, by what has come so far.  For one thread.
+    """Bounds the time that one response takes by how much of it has arrived.  For one thread.
 
     Args:
-        pause_s: the longest pause, in seconds, and what the response may take beyond the time that
-            its size allows.
-        starts_now: its time begins now, and not with the first read.
+        pause_s: the longest pause, in seconds, and also the extra time that the response may take
+            beyond what its size allows.
+        starts_now: the response's time begins now, not with the first read.
     """
 
     def __init__(self, pause_s: float, *, starts_now: bool) -> None:
@@ -79,7 +79,7 @@ class Pace:
     def limit_next(self, sock: Any) -> None:
         """Set the timeout of the next read from *sock*.
 
-        Nothing but the pause limits the wait for the first byte: the server may be working.
+        Only the longest pause limits the wait for the first byte: the server may be working.
 
         Raises:
             ConnectionAbortedError: the response has taken too long.
@@ -91,12 +91,12 @@ class Pace:
         sock.settimeout(max(0.001, min(left_s, self._pause_s)))
 
     def check_after_timeout(self) -> None:
-        """After a read that timed out: ConnectionAbortedError if it was the response's time."""
+        """After a read timed out, raise ConnectionAbortedError if the response's time is over."""
         if self._received and self._left_s() <= 0:
             raise self._too_slow()
 
     def note(self, size: int) -> None:
-        """Note that *size* bytes have come."""
+        """Note that *size* bytes have arrived."""
         self._received += size
 
     def _left_s(self) -> float:
@@ -118,7 +118,7 @@ class Pace:
 class _WatchedRaw(io.RawIOBase):
     """Reads from *sock*, no slower than *pace*, and notes the end of the stream."""
 
-    # Ctrl-C may come before __init__ has set it; the finalizer calls close all the same.
+    # Ctrl-C may interrupt __init__ before it sets this; the finalizer still calls close.
     _raw: Any = None
 
     def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
@@ -157,7 +157,7 @@ class _WatchedRaw(io.RawIOBase):
 
 
 class _Watched:
-    """Stands in for a socket where http.client makes a file of it."""
+    """Stands in for the socket that http.client makes a file of."""
 
     def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
         self.raw = _WatchedRaw(sock, pace)
@@ -169,7 +169,7 @@ class _Watched:
 class CheckedResponse(http.client.HTTPResponse):
     """A response whose headers must be complete, and whose length must be a number."""
 
-    # Ctrl-C may come before http.client has set it; the finalizer calls close all the same, and an
+    # Ctrl-C may interrupt http.client before it sets this; the finalizer still calls close, and an
     # AttributeError there would be printed.
     fp: Any = None
 
@@ -182,8 +182,8 @@ class CheckedResponse(http.client.HTTPResponse):
         """Read the status line and the headers.
 
         Raises:
-            ConnectionResetError: the connection was closed before they were complete.
-            http.client.HTTPException: they make no sense.
+            ConnectionResetError: the connection was closed before the headers were complete.
+            http.client.HTTPException: the headers are malformed.
         """
         super().begin()
         # http.client takes the end of the stream for the empty line after the headers.
@@ -213,7 +213,7 @@ def decompress(coding: str, body: bytes) -> bytes:
     """Undo the *coding* (lower case) of a response's *body*.
 
     Raises:
-        ContentDecodingError: of requests; the body is broken.
+        requests.exceptions.ContentDecodingError: the body is broken.
         ResponseDecodeError: the coding is not supported here.
     """
     if coding in ("", "identity") or not body:
@@ -229,7 +229,7 @@ def decompress(coding: str, body: bytes) -> bytes:
         plain = undo.decompress(body)
     except zlib.error as error:
         raise _broken(coding, str(error)) from error
-    # A body that is cut short decompresses without an error, to less.
+    # A truncated body decompresses without an error, to less data.
     if not undo.eof:
         raise _broken(coding, "it ends too soon")
     return plain

@@ -1,7 +1,7 @@
 """ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
 
-Requested when they are first needed, once per server and credential, by one thread for all.  There
-is no thread that refreshes them: flags that change are requested again when they are next needed.
+They are requested when first needed, once per server and credential, by one thread for all.  No
+thread refreshes them: flags that may change are requested again when next needed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Statuses of a server that does not have the route.
+#: Statuses that mean the server does not have the route.
 ABSENT = (404, 405, 501)
 
 #: One request for flags may take this long, in seconds.
 TIMEOUT_S = 10.0
 
-#: Flags that change are requested no more often than this, in seconds, whatever their interval.
+#: Shortest time between two requests for the dynamic flags, in seconds, whatever their interval.
 MIN_REFRESH_S = 10.0
 
-# Servers choose flags by the version a client claims: the generation that we speak, and the only
-# one whose flags are known (docs/protocol.md, "Server flags").
+# Servers choose flags by the version that a client claims.  We claim the protocol generation that
+# we speak, the only one whose flags are known (docs/protocol.md, "Server flags").
 _BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
 
 
@@ -72,29 +72,30 @@ F = TypeVar("F", ServerFlags, DynamicFlags)
 
 
 class FlagCache:
-    """The flags of one server under one credential, as far as they are known."""
+    """The known flags of one server under one credential."""
 
-    # No lock: the leader of a flight replaces an attribute in one step, and never changes a value.
+    # No lock: the leader of a flight replaces an attribute atomically, and never changes a value.
 
     def __init__(self) -> None:
         self.static: Optional[ServerFlags] = None
         self.static_flight: SingleFlight[ServerFlags] = SingleFlight()
-        # With the monotonic instant of their next refresh.
+        # The flags, and the monotonic time of their next refresh.
         self.dynamic: Optional[Tuple[DynamicFlags, float]] = None
         self.dynamic_flight: SingleFlight[DynamicFlags] = SingleFlight()
-        # Responses to requests tried once that looked like a gateway's: see RetryPolicy.
+        # How many responses to requests tried once looked like a gateway's; see RetryPolicy.
         self.gateway_answers = 0
 
 
 def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
-    """Return the server's flags; the first call requests them, later ones do not block.
+    """Return the server's flags.  The first call requests them; later calls do not block.
 
-    Retried for ``startup_timeout_s``, or tried *once*.  A failure is not remembered, but a missing
-    route is: such a server has the default flags.
+    The request is retried for ``startup_timeout_s``, or tried only *once*.  A failure is not
+    remembered, but a missing route is: such a server has the default flags.
 
     Raises:
-        APIError: the server cannot be reached, refuses the credential, or sends nonsense.
-        ClientClosedError: the transport was closed meanwhile.
+        APIError: the server cannot be reached, refuses the credential, or sends an unreadable
+            response.
+        ClientClosedError: the transport was closed in the meantime.
     """
     known = transport.server.flags
     if known.static is not None:
@@ -111,10 +112,10 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
 
 
 def dynamic_flags_for(transport: Sender) -> DynamicFlags:
-    """Return the flags that may change; refreshes them once they are ``refresh_interval_sec`` old.
+    """Return the dynamic flags, refreshed once they are ``refresh_interval_sec`` old.
 
-    A refresh is tried once, and if it fails the old flags stay for another interval.  Raises like
-    `flags_for`, on the first call only.
+    A refresh is tried once; if it fails, the old flags stay for another interval.  Raises like
+    `flags_for`, but only if there are no old flags.
     """
     known = transport.server.flags
 
@@ -159,7 +160,7 @@ def _request(route: str, *, raw_credential: bool = False) -> Request:
 
 
 def _fetch(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
-    """Request flags, with retries; or *once*, which counts the responses of gateways."""
+    """Request flags, with retries; given *once*, try once and count gateway responses there."""
     try:
         if once is not None:
             reply = _fetch_once(transport, request, once)
@@ -181,15 +182,15 @@ def _fetch(transport: Sender, request: Request, kind: Type[F], once: Optional[Fl
 
 
 def _fetch_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
-    """Send one attempt: the callers are attempts of other requests, which have retries."""
+    """Send one attempt: the caller is an attempt of another request, which is itself retried."""
     try:
         reply = transport.send_once(request)
         damaged = error_if_damaged(request, reply)
         if damaged is not None:
             raise APIConnectionError(damaged.message, status=reply.status) from damaged
     except APIConnectionError as error:
-        # Something that looks like a gateway's page may be the server's own "no such route".  A
-        # RetryState counts such responses of one request; here each comes to another caller.
+        # What looks like a gateway's page may be the server's own "no such route".  A RetryState
+        # counts such responses to one request; here, each goes to a different caller.
         own = server_error_behind(error)
         known.gateway_answers += own is not None
         if own is None or RetryPolicy().retries_gateway(known.gateway_answers):
@@ -201,11 +202,12 @@ def _fetch_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
 
 
 def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
-    """Read flags from a decoded response: unknown and null ones are ignored.
+    """Read flags from a decoded response, ignoring unknown and null ones.
 
-    A flag of the wrong type, or a size that is not positive, is logged and takes its default.
+    For a flag of the wrong type, or a size that is not positive, this logs a warning and takes the
+    default.
     """
-    # No error: a client should not fail for a flag that it may never need.
+    # No error: a client should not fail because of a flag that it may never need.
     given: Dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         value = payload.get(field.name)

@@ -1,7 +1,7 @@
-"""ServerState: all that this process knows of one server, as one credential sees it.
+"""ServerState: everything that this process knows about one server under one credential.
 
-Nothing is requested here: code that finds out how a server differs notes it, for all later requests
-of the process.  `state_of` is the one registry, kept for the life of the process.
+Nothing is requested here: code that finds out how a server differs records it here, for all later
+requests of the process.  `state_of` is the only registry, and lives as long as the process.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from tinkex.wire.codec import Codec
 
 logger = logging.getLogger(__name__)
 
-# Deprecation notes remembered per server.  Notes beyond that are not logged: a server that makes
-# up a new one for each response would fill the log.
+# How many deprecation notes are remembered per server.  Further notes are not logged: a server that
+# makes up a new note for each response would fill the log.
 _MAX_NOTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerDialect:
-    """What is known of how a server speaks the protocol: a snapshot, which does not change.
+    """What is known about how a server speaks the protocol: an immutable snapshot.
 
     Attributes:
-        encoding: of training batches: ``"protobuf"``, ``"json"``, or None while not known.
-        compression: of their bodies: ``"zstd"``, or None.
-        missing_routes: optional routes that it does not have, as far as they were tried.
-        creates_runs_by_loading: True if one request makes a run from a checkpoint, False if the
-            run must be made first, None while not known.
+        encoding: the encoding of training batches: ``"protobuf"``, ``"json"``, or None while
+            unknown.
+        compression: the compression of training batches: ``"zstd"``, or None.
+        missing_routes: optional routes that were tried and that the server does not have.
+        creates_runs_by_loading: True if one request creates a run from a checkpoint, False if the
+            run must be created first, None while unknown.
     """
 
     encoding: Optional[str] = None
@@ -55,18 +56,18 @@ class ServerDialect:
 
 
 class ServerState:
-    """What is known of one server under one credential.  Thread-safe; get it from `state_of`.
+    """What is known about one server under one credential.  Thread-safe; get it from `state_of`.
 
     Attributes:
         flags: what the server reports about itself; see `flags_for`.
         limiter: holds submissions back after a 429.
-        tokens: what requests are authenticated with.
-        encoding_search: the search for the encoding of training batches, one at a time.
-        codec: the encoding of training batches that has worked, if any has.
-        compression: the one of training batches that has worked, if any has.
-        refuses_compression: a compressed body was refused.
-        creates_runs_by_loading: whether one request makes a run from a checkpoint; None while not
-            known.
+        tokens: the credentials of requests.
+        encoding_search: lets one thread at a time search for the encoding of training batches.
+        codec: the encoding of training batches that has worked; None before any has.
+        compression: the compression of training batches that has worked; None before any has.
+        refuses_compression: True once the server has refused a compressed body.
+        creates_runs_by_loading: whether one request creates a run from a checkpoint; None while
+            unknown.
     """
 
     def __init__(self, config: Config, parent: Optional[ServerState] = None) -> None:
@@ -75,8 +76,8 @@ class ServerState:
         self.tokens = TokenSource(config)
         self.encoding_search: SingleFlight[None] = SingleFlight()
         self.pid = os.getpid()
-        # No lock: each is replaced in one step, and a reader that gets the old value only sends a
-        # request as it would have a moment before.
+        # No lock: each is replaced atomically, and a reader that gets the old value just sends a
+        # request as it would have a moment earlier.
         self.codec: Optional[Codec] = None
         self.compression: Optional[str] = None
         self.refuses_compression = False
@@ -91,8 +92,8 @@ class ServerState:
 
     def _inherit(self, parent: ServerState) -> None:
         """Copy what the *parent* process knew before a fork."""
-        # Without its lock, which may have been held by a thread that does not exist here; for the
-        # same reason nothing changes what is read.
+        # Without the parent's lock, which may have been held by a thread that does not exist in
+        # this process; for the same reason, nothing changes the state while it is read.
         for name in ("codec", "compression", "refuses_compression", "creates_runs_by_loading"):
             setattr(self, name, getattr(parent, name))
         self._notes = set(parent._notes)
@@ -100,14 +101,14 @@ class ServerState:
         self._present = set(parent._present)
 
     def missing_status(self, route: str) -> Optional[int]:
-        """The status by which *route* turned out to be missing; None if it did not."""
+        """Return the status that showed that *route* is missing; None if none did."""
         with self._lock:
             return self._missing.get(route)
 
     def note_missing(self, route: str, status: int) -> None:
-        """Note that *status* means there is no *route*, unless the route has worked before."""
+        """Note that *route* is missing, as *status* shows, unless the route has worked before."""
         with self._lock:
-            # If it has worked, the status is about something that the request named.
+            # If the route has worked, the status is about something that the request named.
             if route not in self._present:
                 self._missing[route] = status
 
@@ -118,9 +119,9 @@ class ServerState:
             self._missing.pop(route, None)
 
     def dialect(self, forced: Optional[Codec] = None) -> ServerDialect:
-        """What is known now; *forced* is an encoding that the settings prescribe."""
-        # Without the lock: the child of a fork may print this, and a thread of the parent's may
-        # have held it.
+        """Return what is known now; *forced* is an encoding that the settings prescribe."""
+        # Without the lock: a forked child may print this, and a thread of the parent may have held
+        # the lock.
         codec = forced or self.codec
         return ServerDialect(
             encoding=None if codec is None else codec.name,
@@ -130,7 +131,7 @@ class ServerState:
         )
 
     def log_deprecation(self, name: str, headers: Mapping[str, str]) -> None:
-        """Log the ``x-deprecation-note`` of the response to request *name*, once each."""
+        """Log the ``x-deprecation-note`` in the response to request *name*, each note once."""
         note = headers.get("x-deprecation-note", "")[:500]
         if not note:
             return
@@ -148,11 +149,11 @@ _states: Dict[Tuple[str, str], ServerState] = {}
 
 
 def state_of(config: Config) -> ServerState:
-    """Return what this process knows of the server of *config* under its credential.
+    """Return what this process knows about the server of *config* under its credential.
 
-    Always the same object, except that the child of a fork gets one of its own.
+    Always the same object, except that a forked child gets one of its own.
     """
-    # The parent's locks may have been held, and its flights under way, when it was copied.
+    # At the fork, the parent's locks may have been held, and flights of the parent under way.
     key = config.base_url, config.key_digest
     with lifecycle.module_lock():
         state = _states.get(key)
@@ -162,6 +163,6 @@ def state_of(config: Config) -> ServerState:
 
 
 def forget_servers() -> None:
-    """Forget everything: for tests, whose servers come and go on the same ports."""
+    """Forget all servers: for tests, whose servers come and go on the same ports."""
     with lifecycle.module_lock():
         _states.clear()

@@ -1,8 +1,8 @@
 """TokenSource: the credential of each request (docs/protocol.md, "Authentication").
 
-Shared by all transports of the process that use one server and one credential.  It has no thread:
-the request that notices that a token is due renews it, while the others continue to use the old
-one; heartbeats alone are frequent enough to notice in time.
+Shared by all transports of the process that use the same server and credential.  It has no thread:
+the request that finds a token due for renewal renews it, while other requests still use the old
+one.  Heartbeats alone are frequent enough to renew it in time.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ logger = logging.getLogger(__name__)
 #: One exchange may take this long, in seconds.
 EXCHANGE_TIMEOUT_S = 10.0
 
-#: Requests wait for a new token when the old one has less than this left, in seconds, or less than
-#: a quarter of its lifetime, whichever is shorter.
+#: Requests wait for a new token once the old one is valid for less than this, in seconds, or for
+#: less than a quarter of its lifetime, whichever is shorter.
 URGENT_S = 60.0
 
-#: Pauses after a renewal that failed, in seconds: before it is urgent, and after that.
+#: Pauses after a failed renewal, in seconds: before the renewal is urgent, and from then on.
 RETRY_S = 60.0
 URGENT_RETRY_S = 5.0
 
-#: A request with a timeout up to this, in seconds, renews no token that is still good: it may be
-#: the last one before the process exits.
+#: A request with a timeout of no more than this, in seconds, does not renew a token that is still
+#: valid: it may be the last request before the process exits.
 NO_RENEWAL_S = 5.0
 
 # The client's and the server's clocks may differ by this much, in seconds.
 _SKEW_S = 60.0
 
-# This many tokens and command outputs are remembered, to be kept out of messages: requests with
+# How many tokens and command outputs are remembered, to keep them out of messages: requests with
 # older ones may still be in flight.
 _SECRETS_KEPT = 3
 
@@ -66,13 +66,13 @@ class Token:
     """The value of ``X-API-Key``, and its lifetime; instants are seconds since the epoch.
 
     Attributes:
-        renew_at: about half of its life is over.
-        urgent_at: it is about to expire.
-        renewable: another one can be fetched in its place.
-        exchanged: the server issued it; otherwise it is a key, or the output of the command.
+        renew_at: when about half of its lifetime is over.
+        urgent_at: when it is about to expire.
+        renewable: it can be replaced by fetching another.
+        exchanged: the server issued it in exchange; False for a key or the command's output.
     """
 
-    # By the wall clock, as the claims of a token are.
+    # Wall-clock time, like the claims of a token.
 
     text: str = dataclasses.field(repr=False)
     renewable: bool = False
@@ -85,7 +85,7 @@ class Token:
     def received(cls, text: str, now: float, rand: float, *, exchanged: bool = True) -> Token:
         """Plan the renewal of a token received at *now*; *rand* is uniform in [0, 1).
 
-        One that is not a JWT, or has no expiry, is good until it is refused.
+        A token that is not a JWT, or has no expiry, is valid until the server refuses it.
         """
         claims = read_claims(text)
         if claims is None or claims.expires_at is None:
@@ -95,11 +95,11 @@ class Token:
         expires_at = claims.expires_at
         margin_s = min(URGENT_S, life_s / 4)
         if life_s and not began - _SKEW_S <= now < expires_at - margin_s:
-            # New, and by our clock not yet valid or about to expire: the clocks disagree.  The
-            # lifetime holds all the same, from now.
+            # A new token that by our clock is not yet valid, or about to expire: the clocks
+            # disagree.  The lifetime is still right; count it from now.
             began, expires_at = now, now + life_s
         urgent_at = expires_at - margin_s
-        # Spread, so that many processes do not renew in the same moment.
+        # Randomized, so that many processes do not renew at the same moment.
         renew_at = min(began + life_s * (0.45 + 0.1 * rand), urgent_at)
         return cls(text, True, exchanged, renew_at, urgent_at, expires_at)
 
@@ -107,8 +107,8 @@ class Token:
 class TokenSource:
     """The credential of one server, and the tokens made from it.  Thread-safe.
 
-    Precedence: a key that is a token itself is sent as it is.  Where the server enables tokens,
-    the credential is exchanged for one.  Otherwise the key, or the command's output, is sent.
+    Precedence: a key that is itself a token is sent as it is.  If the server enables tokens, the
+    credential is exchanged for one.  Otherwise the key, or the command's output, is sent.
     """
 
     def __init__(self, config: Config) -> None:
@@ -120,31 +120,31 @@ class TokenSource:
         # Guards what follows.  Never held during I/O.
         self._lock = threading.Lock()
         self._token: Optional[Token] = None
-        self._not_before = 0.0  # of the next attempt to renew a token that is still good; wall time
+        self._not_before = 0.0  # no renewal of a valid token before this wall time
         self._secrets: List[str] = [] if self._key is None else [self._key]
 
     @property
     def secrets(self) -> Tuple[str, ...]:
-        """What must appear in no message: the key, and the latest tokens."""
+        """The key and the latest tokens, which must not appear in any message."""
         with self._lock:
             return tuple(self._secrets)
 
     def token_for(self, sender: Sender, request: Request) -> Optional[Token]:
         """Return the token to send *request* with; None if there is no credential.
 
-        Blocks for an exchange only if there is no good token, or if this request is the one that
-        renews it.  Tries once: the retries are the caller's.
+        Blocks for an exchange only if there is no valid token, or if this request is the one that
+        renews it.  Tries once: the caller retries.
 
         Raises:
             CredentialError: the token has expired and cannot be renewed, or the command failed.
-            APIError: the server refused the exchange, or cannot be reached.
-            ClientClosedError: the client was closed meanwhile.
+            APIError: the server refused the exchange or cannot be reached.
+            ClientClosedError: the client was closed in the meantime.
         """
         if self._key is None and self._command is None:
             return None
         if self._static:
             return self._static_token(sender.clock.wall())
-        # The request for the flags comes here; it must not wait for the flags below.
+        # The request for the flags itself takes this branch: it must not wait for the flags below.
         if request.raw_credential:
             return Token(self._raw(sender, forced=False))
         flags = _flags(sender)
@@ -154,22 +154,22 @@ class TokenSource:
         return self._good_token(sender, request, flags)
 
     def renew(self, sender: Sender, request: Request, refused: Token) -> Token:
-        """Return a token in place of one that the server *refused*: one exchange for all."""
+        """Replace a token that the server *refused*: one exchange serves all waiting requests."""
         flags = _flags(sender)
 
         def work() -> Token:
             token = self._current()
             if token is not None and token.text != refused.text:
-                return token  # another thread has renewed it meanwhile
+                return token  # another thread has already renewed it
             return self._obtain(sender, request, flags)
 
         return self._flight.run(work, sender.closing)
 
     def forget(self, refused: Token) -> None:
-        """Note a 401: the credential command is run again for the next request."""
+        """Note a 401 for this token: the next request runs the credential command again."""
         with self._lock:
-            # A token that the server issued stands, unless the 401 calls it invalid (see `renew`):
-            # any other 401 is about the request.
+            # Keep a token that the server issued: only a 401 that calls it invalid replaces it (see
+            # `renew`), and any other 401 is about the request.
             if self._token is refused and not refused.exchanged:
                 self._token = None
 
@@ -183,12 +183,12 @@ class TokenSource:
         if claims is not None and claims.expires_at is not None and now >= claims.expires_at:
             raise CredentialError(
                 f"the token given as api_key expired {now - claims.expires_at:.0f} s ago",
-                hint="Get a new one; a key does not expire, and is exchanged for tokens by itself.",
+                hint="Get a new token, or use a key, which does not expire.",
             )
         return Token(self._key)
 
     def _good_token(self, sender: Sender, request: Request, flags: ServerFlags) -> Token:
-        """The token at hand, or a new one."""
+        """Return the current token, or a new one."""
         now = sender.clock.wall()
         with self._lock:
             token, not_before = self._token, self._not_before
@@ -198,7 +198,8 @@ class TokenSource:
         urgent = token is None or now >= token.urgent_at
         if token is not None and good:
             is_short = (request.read_timeout_s or NO_RENEWAL_S + 1) <= NO_RENEWAL_S
-            # Another thread is renewing it: no need to wait unless this one is about to expire.
+            # Another thread is renewing it: no need to wait unless the old token is about to
+            # expire.
             renewing = self._flight.busy and not urgent
             if now < not_before or is_short or renewing:
                 return token
@@ -223,7 +224,7 @@ class TokenSource:
             return token
 
     def _obtain(self, sender: Sender, request: Request, flags: ServerFlags) -> Token:
-        """Fetch a new token and keep it.  Called by the leader of a flight only."""
+        """Fetch a new token and store it.  Called only by the leader of a flight."""
         forced = flags.credential_default_source == "credential_cmd"
         raw = text = self._raw(sender, forced=forced)
         if flags.pjwt_auth_enabled:
@@ -242,7 +243,7 @@ class TokenSource:
             del self._secrets[1:-_SECRETS_KEPT]  # the first is the key, if there is one
 
     def _raw(self, sender: Sender, *, forced: bool) -> str:
-        """The credential itself."""
+        """Return the credential itself."""
         if self._key is not None and not (forced and self._command):
             return self._key
         assert self._command is not None
@@ -256,8 +257,8 @@ class TokenSource:
         return text
 
     def _exchange(self, sender: Sender, request: Request, raw: str) -> str:
-        """``POST auth/token``, once.  After 404, 405 or 501 the key itself is used."""
-        # The request waits for the exchange, which must not take longer than the request may.
+        """Send ``POST auth/token``, once.  Returns *raw* itself after 404, 405 or 501."""
+        # *request* waits for the exchange, which must not take longer than the request itself may.
         limit_s = min(EXCHANGE_TIMEOUT_S, request.read_timeout_s or EXCHANGE_TIMEOUT_S)
         exchange = Request(
             "POST",
@@ -277,7 +278,7 @@ class TokenSource:
             _raise_as_outage(sender.status_error(exchange, reply))
         text = _read_jwt(reply.body)
         if text is None:
-            # The message leaves the response out: it may hold a token.
+            # The response is left out of the message: it may hold a token.
             error = ResponseDecodeError(f"{exchange.name}: the response holds no token in 'jwt'")
             if reply.is_damaged:
                 raise APIConnectionError(error.message, status=reply.status) from error
@@ -293,16 +294,16 @@ def _flags(sender: Sender) -> ServerFlags:
 
 
 def _raise_as_outage(error: APIError) -> NoReturn:
-    """Raise *error*; a temporary one is an outage for the request that needs the token."""
-    # As an APIStatusError it would be taken for the response to that request.
+    """Raise *error*, a temporary one as an outage of the request that needs the token."""
+    # An APIStatusError would be taken for the response to that request.
     if error.retryable:
         raise APIConnectionError(error.message, status=error.status) from error
     raise error
 
 
 def _read_jwt(body: bytes) -> Optional[str]:
-    """The token of a response, or None if it holds none."""
-    # No exception leaves this function: its traceback would hold the response, and so the token.
+    """Return the token in a response, or None if it holds none."""
+    # Let no exception out: its traceback would hold the response, and so the token.
     try:
         payload = orjson.loads(body)
         text = payload.get("jwt") if isinstance(payload, dict) else None

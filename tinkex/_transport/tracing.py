@@ -2,8 +2,9 @@
 
 The span of an operation begins in the caller's thread, as a child of the caller's current span, and
 ends when its future is settled.  Threads that work for an operation make its span the current one.
-Requests sent meanwhile get spans of their own, one for each attempt, and the server gets their
-trace context; polls for many samples together, and heartbeats, belong to no operation and get none.
+Each attempt of a request that such a thread sends gets a span of its own, and the server receives
+its trace context.  Heartbeats, and polls for many samples at once, belong to no operation and get
+no span.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _NO_SPAN: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Tracer:
-    """Makes the spans of one client, by the tracer provider that the program has set.  Thread-safe.
+    """Makes the spans of one client, using the program's tracer provider.  Thread-safe.
 
     Raises:
         ConfigError: ``opentelemetry-api`` is not installed.
@@ -47,11 +48,11 @@ class Tracer:
 
     @contextlib.contextmanager
     def request(self, method: str, path: str, headers: Dict[str, str]) -> Iterator[Any]:
-        """Make a span of one attempt, and add its trace context to *headers*.
+        """Make a span for one attempt, and add its trace context to *headers*.
 
-        Yields the span, to which the response is added; None if there is no current span.
+        Yields the span, for `respond`, or None if there is no current span.
         """
-        # Without an operation's span, each poll would begin a trace of its own.
+        # Outside an operation, each poll would otherwise begin a trace of its own.
         if not self.api.get_current_span().get_span_context().is_valid:
             yield None
             return
@@ -61,7 +62,7 @@ class Tracer:
             f"{method} {path}",
             kind=self.api.SpanKind.CLIENT,
             attributes=attributes,
-            # An exception may quote what the server has sent; the operation has its redacted text.
+            # An exception may quote the server's response; the operation's span redacts it.
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
@@ -94,16 +95,16 @@ class Operation:
         self._context = tracer.api.set_span_in_context(span)
 
     def attach(self) -> Any:
-        """Make it the current span of this thread; return what `detach` takes."""
+        """Make this span the current one of this thread; return the token for `detach`."""
         return self._tracer.context.attach(self._context)
 
     def detach(self, token: Any) -> None:
-        """Make the span current again that was current before `attach`."""
+        """Restore the span that was current before `attach`."""
         self._tracer.context.detach(token)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make it the current span of this thread in the block."""
+        """Make this span the current one of this thread inside the block."""
         token = self.attach()
         try:
             yield
@@ -117,7 +118,7 @@ class Operation:
         if future.cancelled():
             self._span.set_attribute("tinkex.cancelled", True)
         else:
-            # The base class's method: APIFuture's would count the failure as read by the user.
+            # Call the base class's method: APIFuture's would count the failure as read by the user.
             error = Future.exception(future, 0)
             if error is not None:
                 self._tracer.fail(self._span, error, getattr(error, "message", None))
@@ -125,5 +126,5 @@ class Operation:
 
 
 def active(operation: Optional[Operation]) -> contextlib.AbstractContextManager[None]:
-    """Return what makes the span of *operation* current; it does nothing if that is None."""
+    """Return a context manager that makes the span of *operation* current; a no-op for None."""
     return _NO_SPAN if operation is None else operation.active()

@@ -57,13 +57,13 @@ class Transport:
 
     Args:
         config: settings; they name the server.
-        closing: set by the owner of the transport: every wait between attempts then ends with
+        closing: once the transport's owner has set it, every wait between attempts ends with
             ClientClosedError.
-        recorder: counts what is sent.
-        billing: decides how long a 402 is waited out.
+        recorder: counts what is sent and received.
+        billing: decides how long to wait after a 402.
 
     Attributes:
-        server: what is known of the server; shared with other transports.
+        server: what is known about the server; shared with other transports.
         tracer: makes spans of operations and requests; None unless ``config.tracing``.
     """
 
@@ -89,8 +89,8 @@ class Transport:
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
             "Accept-Encoding": ACCEPT_ENCODING,
         }
-        # Idempotency keys are made of these: a uuid4 for each is a system call, which lets other
-        # threads take the interpreter away from us, thousands of times a second.
+        # Idempotency keys are made of these two: a uuid4 for each key would be a system call, at
+        # which another thread may take the interpreter, thousands of times a second.
         self._key_stem = str(uuid.uuid4())[:24]
         self._key_numbers = itertools.count()
 
@@ -99,7 +99,7 @@ class Transport:
         return f"{self._key_stem}{next(self._key_numbers):012x}"
 
     def open_channel(self) -> Channel:
-        """A private channel for one busy thread; closed with the transport at the latest."""
+        """Open a private channel for one busy thread; closed with the transport at the latest."""
         return self._connections.open_channel()
 
     def open_connection(self) -> AnyChannel:
@@ -115,23 +115,23 @@ class Transport:
         waits: Optional[bool] = None,
         urgent: bool = False,
     ) -> Reply:
-        """Send until there is a 2xx response or *policy* gives up.
+        """Send until there is a readable 2xx response or *policy* gives up.
 
         *waits*: whether to wait while the server is rate-limiting (429).  By default
-        ``on_backpressure`` decides for work, and all other requests wait.  *urgent*: wait only for
-        responses and the pauses of *policy*, not while the server is rate-limiting or the account
-        cannot pay (402), whatever the settings.
+        ``on_backpressure`` decides for work, and all other requests wait.  *urgent*: whatever the
+        settings, wait only for responses and for the pauses of *policy*, not while the server is
+        rate-limiting or the account cannot pay (402).
 
         Raises:
             APIStatusError, ResponseDecodeError: the server's last response.
-            RateLimitError: the response was 429, or would be, and the request does not wait.
+            RateLimitError: the server is rate-limiting (429), and the request does not wait.
             APIConnectionError: no response within the policy's time.
-            ClientClosedError: closed, or *channel* stopped, meanwhile.
+            ClientClosedError: the transport was closed, or *channel* stopped, in the meantime.
         """
         if urgent:
             waits = False
         elif waits is None:
-            # The request for flags is part of other calls, which must not fail for it.
+            # The request for flags is part of other calls, which must not fail because of it.
             is_work = request.traffic == "work" and not request.raw_credential
             waits = not is_work or self.config.on_backpressure == "wait"
         return RequestAttempts(self, request, policy, channel, waits=waits, urgent=urgent).run()
@@ -145,18 +145,18 @@ class Transport:
     ) -> Reply:
         """Send one attempt and return the server's response, whatever its status.
 
-        A token that the server calls invalid is renewed, and the request sent again, once.
+        If the server calls the token invalid, it is renewed and the request sent again, once.
         Redirects are followed.
 
         Raises:
-            APITimeoutError, APIConnectionError: there was no response, only a gateway's (see
+            APITimeoutError, APIConnectionError: there was no response or only a gateway's (see
                 tinkex._transport.request_errors), or a new token could not be fetched.
             APIStatusError: the server refuses to issue a token.
             CredentialError: there is no usable key or token.
-            ClientClosedError: the transport was closed meanwhile.
+            ClientClosedError: the transport was closed in the meantime.
         """
         headers = {**self._headers, "Accept": request.accept}
-        # Also without a body (docs/protocol.md, "Request headers").
+        # Even without a body (docs/protocol.md, "Request headers").
         if request.method != "GET":
             headers["Content-Type"] = request.content_type
             headers["X-Idempotency-Key"] = idempotency_key or self.new_key()
@@ -173,14 +173,14 @@ class Transport:
         self.server.log_deprecation(request.name, reply.headers)
         error = gateway_error(request, reply, self.clock.wall(), self._redactor)
         if error is not None:
-            # Idle connections only: a proxy that rejects a connection does so for each request on
-            # it, so the next attempt opens another one (docs/protocol.md, "Status codes").
+            # Closes idle connections only: a proxy that rejects a connection rejects every request
+            # on it, so the next attempt must open another one (docs/protocol.md, "Status codes").
             channel.close()
             raise error
         return reply
 
     def token_for(self, request: Request) -> Optional[Token]:
-        """What authenticates *request*; None if its headers or the settings do, or nothing does."""
+        """Return the token for *request*, or None if none is needed or there is no credential."""
         own = {name.lower() for name in (*request.headers, *self.config.extra_headers)}
         return None if _KEY_HEADER in own else self.server.tokens.token_for(self, request)
 
@@ -195,7 +195,7 @@ class Transport:
         private = {**self.config.access_headers, **request.headers}
         if token is not None:
             private["X-API-Key"] = token.text
-        # Last, so that they replace headers of the same name (docs/protocol.md, "Request headers").
+        # Last, to replace headers of the same name (docs/protocol.md, "Request headers").
         private.update(self.config.extra_headers)
         url = self.config.base_url + request.path
         hops = 0
@@ -211,7 +211,7 @@ class Transport:
                 if request.secrets and request.body:
                     return reply  # the secrets may be in the body
                 private = {}
-                # A private connection leads to its server only.
+                # A private connection reaches only its own server.
                 channel = self._connections.shared(request.traffic)
             url = target
             hops += 1
@@ -220,7 +220,7 @@ class Transport:
         self, request: Request, url: str, headers: Dict[str, str], channel: AnyChannel
     ) -> Reply:
         assert self.tracer is not None
-        # Another origin gets no trace context: it is not part of this service.
+        # Send no trace context to another origin: it is not part of this service.
         if not same_origin(url, self.config.base_url):
             return self._exchange(request, url, headers, channel)
         with self.tracer.request(request.method, urlsplit(url).path, headers) as span:
@@ -232,10 +232,10 @@ class Transport:
     def _exchange(
         self, request: Request, url: str, headers: Mapping[str, str], channel: AnyChannel
     ) -> Reply:
-        """Send one HTTP request and read its response; log and count it."""
+        """Send one HTTP request and read its response; log and count both."""
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s
         timeout = (min(self.config.connect_timeout_s, read_timeout_s), read_timeout_s)
-        # Not even the clock is read unless the log is on: this runs thousands of times a second.
+        # Read not even the clock unless the log is on: this runs thousands of times a second.
         began = self.clock.monotonic() if request_log.is_on() else None
         try:
             reply = channel.request(
@@ -251,10 +251,10 @@ class Transport:
         if reply.status == 429:
             self.recorder.count("rate_limited")
         if reply.status == 500 and reply.content_type.startswith("text/plain"):
-            # After an unhandled exception servers close the connection without announcing it, and
-            # the next request on it would fail.
+            # After an unhandled exception, servers close the connection unannounced, and the next
+            # request on it would fail.
             channel.close()
-        # Not redacted: the token in it is needed as it is, and the body is shown nowhere.
+        # Don't redact it: the token in the body is needed, and the body is never shown.
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return self._redactor.reply(reply, request)
@@ -266,18 +266,18 @@ class Transport:
         request_log.log_exchange(request, url, outcome, took_s, self.redact)
 
     def _raise_no_response(self, request: Request, error: requests.RequestException) -> NoReturn:
-        # They hold the request with its headers, and so the key, which debuggers and crash
-        # reporters would show.
+        # These hold the request's headers, and so the key, which debuggers and crash reporters
+        # would show.
         error.request = error.response = None
-        # `abort` ends requests with errors like those of an outage.
+        # A request that `abort` ends fails with the same errors as in an outage.
         if self.closing.is_set():
             raise ClientClosedError(
                 f"the client was closed while {request.name} was in flight"
             ) from error
         if are_exhausted(error):
-            # The next attempt may have the descriptor of a connection that is idle now.
+            # The next attempt may reuse the file descriptor of a connection that is idle now.
             self._connections.free_descriptors()
-        # A hundred lines of urllib3's frames would precede the one that names the reason.
+        # A hundred lines of urllib3's frames would precede the line that names the reason.
         forget_frames(error)
         raise connection_error(self.config, request, error, self.redact) from error
 
@@ -294,20 +294,24 @@ class Transport:
         self._connections.drop_idle()
 
     def abort(self) -> None:
-        """Abort every request in flight.  Set ``closing`` first, so that the errors name it."""
+        """Abort every request in flight.
+
+        Set ``closing`` first, so that these requests raise ClientClosedError.
+        """
         self._connections.abort()
-        # After the channels were stopped, which is what threads that wait there check.
+        # Only after the channels were stopped: that is what the waiting threads check.
         self.server.limiter.wake()
 
 
 class ThreadTransport:
-    """A transport as one busy thread uses it, with a connection of its own.
+    """The transport of one busy thread, with a connection of its own.
 
-    Its requests wait out every 429, whatever the settings: each is one of a sequence, and those
-    that follow rely on it.
+    Its requests wait out every 429, whatever the settings: they form a sequence, in which later
+    requests rely on earlier ones.
 
     Args:
-        before_send: returns what to send in place of a request; if it raises, nothing is sent.
+        before_send: called with each request, returns the request to send instead; if it raises,
+            nothing is sent.
     """
 
     def __init__(self, transport: Transport, before_send: Callable[[Request], Request]) -> None:

@@ -40,13 +40,14 @@ def chat(
     system: Optional[str],
     **_options: Any,
 ) -> None:
-    """Talk to a model: each line of input is a message, the model replies to all of them so far.
+    """Talk to a model: each line of input is a message, and the model replies to it.
 
-    RUN_FOLDER is what `tinkex train` has written: the newest weights of the run are sampled, on the
-    server that they were trained on.
+    RUN_FOLDER is a folder that `tinkex train` has written: the run's newest weights are sampled, on
+    the server that they were trained on.
 
-    "/new" begins a new conversation; the end of the input (Ctrl-D) ends the command.  An embedded
-    server streams its replies: they are printed token by token.
+    "/new" begins a new conversation.  Ctrl-C stops a reply that is being written; at the prompt,
+    Ctrl-C or Ctrl-D ends the command.  An embedded server streams its replies: they are printed
+    token by token.
     """
     check_model_options(ctx)
     params = sampling_params(ctx)
@@ -58,35 +59,55 @@ def chat(
                 messages = list(beginning)
                 continue
             messages.append({"role": "user", "content": line})
+            reply = {"role": "assistant", "content": ""}
             try:
-                messages.append(_reply(generator, messages, params))
-            except ContextFullError as error:  # the conversation ends, not the command
-                messages.pop()
+                _complete(reply, generator, messages, params)
+            except ContextFullError as error:  # ends the conversation, but not the command
                 echo_error(f"Error: {error}")
                 failed = True
-    if failed and (sys.stdin is None or not sys.stdin.isatty()):  # a person has seen it
+            except KeyboardInterrupt:
+                if not _is_typed():
+                    raise
+                echo_error("\nStopped.")
+            # The part of a stopped reply that was printed stays in the conversation.
+            messages = [*messages, reply] if reply["content"] else messages[:-1]
+    if failed and not _is_typed():  # a person has seen the error
         ctx.exit(1)
 
 
-def _reply(
-    generator: Generator, messages: List[Dict[str, str]], params: types.SamplingParams
-) -> Dict[str, str]:
-    """Print the reply to *messages*, and return it as a message."""
+def _complete(
+    reply: Dict[str, str],
+    generator: Generator,
+    messages: List[Dict[str, str]],
+    params: types.SamplingParams,
+) -> None:
+    """Print the model's reply to *messages*, and add its text to *reply* as it comes."""
     advice = "Use `tinkex sample`, or a model with a template."
     tokens = generator.chat_tokens(messages, advice)
-    pieces = generator.pieces(tokens, generator.fitting(params, len(tokens)))
-    if not wants_json():
-        return {"role": "assistant", "content": write_pieces(pieces)}
-    reply = {"role": "assistant", "content": "".join(pieces)}
-    print_json(reply)
-    return reply
+    fitting = generator.fitting(params, len(tokens))
+
+    def pieces() -> Iterator[str]:
+        for piece in generator.pieces(tokens, fitting):
+            reply["content"] += piece
+            yield piece
+
+    if wants_json():
+        "".join(pieces())
+        print_json(reply)
+    else:
+        write_pieces(pieces())
+
+
+def _is_typed() -> bool:
+    """Return whether a person types the messages."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines that are typed, or piped in; blank ones are left out."""
-    typed = sys.stdin is not None and sys.stdin.isatty()
+    """Yield the lines that are typed or piped in, without blank ones."""
+    typed = _is_typed()
     if typed:
-        with contextlib.suppress(ImportError):  # Windows has none
+        with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  # gives input() a history and editing
     while True:
         with status_line.hidden():

@@ -8,7 +8,7 @@ import click
 
 import tinkex
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import check_path, fetch_pages, with_rest
+from tinkex.cli.connect import check_path, existing, fetch_pages, with_rest
 from tinkex.cli.deletions import delete
 from tinkex.cli.output import (
     count,
@@ -62,7 +62,8 @@ def list_checkpoints(rest: tinkex.RestClient, run_id: Optional[str], limit: int)
 def show_checkpoint(rest: tinkex.RestClient, path: str) -> None:
     """Show the checkpoint at PATH (tinker://...), and what it was trained from."""
     parsed = check_path(path)
-    of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
+    with existing(path):
+        of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
     found = next((item for item in of_run if item.tinker_path == path), None)
     if found is None:
         raise NotFoundError(
@@ -84,13 +85,13 @@ def show_checkpoint(rest: tinkex.RestClient, path: str) -> None:
 
 
 def _details(item: Checkpoint) -> List[str]:
-    """Return its size, whether it is public, when it was created and when it expires."""
+    """Return its size, whether it is public, and when it was created and expires, as text."""
     expires = when(item.expires_at) if item.expires_at else "never"
     return [size(item.size_bytes), "yes" if item.public else "no", when(item.time), expires]
 
 
 def _weights_info(rest: tinkex.RestClient, path: str) -> Dict[str, Any]:
-    """Return how a checkpoint was trained; empty if the server does not report it."""
+    """Return how a checkpoint was trained; an empty dict if the server does not report it."""
     try:
         return rest.get_weights_info_by_tinker_path(path).result().to_wire()
     except RouteMissingError:
@@ -111,8 +112,8 @@ def _lora(weights: Dict[str, Any]) -> str:
 @with_rest
 def publish(rest: tinkex.RestClient, path: str) -> None:
     """Make the checkpoint at PATH public."""
-    check_path(path)
-    rest.publish_checkpoint_from_tinker_path(path).result()
+    with existing(path):
+        rest.publish_checkpoint_from_tinker_path(path).result()
     print_text(f"{path} is public.")
 
 
@@ -121,22 +122,22 @@ def publish(rest: tinkex.RestClient, path: str) -> None:
 @with_rest
 def unpublish(rest: tinkex.RestClient, path: str) -> None:
     """Make the checkpoint at PATH private again."""
-    check_path(path)
-    rest.unpublish_checkpoint_from_tinker_path(path).result()
+    with existing(path):
+        rest.unpublish_checkpoint_from_tinker_path(path).result()
     print_text(f"{path} is private.")
 
 
 @checkpoint.command("set-ttl")
 @click.argument("path")
-@click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this long.")
-@click.option("--remove", is_flag=True, help="Keep it until it is deleted by hand.")
+@click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this many seconds.")
+@click.option("--remove", is_flag=True, help="Keep it until you delete it.")
 @with_rest
 def set_ttl(rest: tinkex.RestClient, path: str, ttl: Optional[int], remove: bool) -> None:
     """Set how long the checkpoint at PATH is kept."""
     if (ttl is None) != remove:
         raise click.UsageError("give --ttl or --remove")
-    check_path(path)
-    rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
+    with existing(path):
+        rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
     kept = "kept until it is deleted" if remove else f"deleted in {ttl} seconds"
     print_text(f"{path} is {kept}.")
 

@@ -1,4 +1,4 @@
-"""``tinkex checkpoint download`` and ``push-hf``: copies of checkpoints elsewhere."""
+"""``tinkex checkpoint download`` and ``push-hf``: copy checkpoints elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 import tinkex
 from tinkex._downloads.hub import derived_repo_id
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import check_path, with_rest
+from tinkex.cli.connect import check_path, existing, with_rest
 from tinkex.cli.output import print_facts, print_text, progress_bar, size
 from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
@@ -32,9 +32,8 @@ def download(rest: tinkex.RestClient, path: str, output: str, force: bool) -> No
 
     If it is interrupted, running the same command again resumes it.
     """
-    check_path(path)
     dest = Path(output) / _folder_name(path)
-    with progress_bar("Downloading") as report:
+    with existing(path), progress_bar("Downloading") as report:
         dest = rest.download_checkpoint(path, dest, progress=report, overwrite=force)
     n_bytes = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
     print_facts(
@@ -51,7 +50,7 @@ def _folder_name(path: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Report errors of huggingface_hub, which come from several libraries, as one line."""
+    """Report errors of huggingface_hub and the libraries under it as one line."""
     try:
         yield
     except (TinkexError, click.ClickException):
@@ -68,7 +67,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     "--repo",
     "repo_id",
     metavar="NAME",
-    help="Repository, such as me/my-model; by default one named after run and checkpoint.",
+    help="Repository, such as me/my-model; by default named after the run and the checkpoint.",
 )
 @click.option("--public", is_flag=True, help="Create the repository as public.")
 @click.option("--revision", metavar="NAME", help="Branch; created if it does not exist.")
@@ -102,7 +101,7 @@ def push_to_hub(
     if repo_id is None:
         with _hub_errors("the hub"):
             repo_id = derived_repo_id(path)
-    with progress_bar("Downloading") as report, _hub_errors(repo_id):
+    with existing(path), progress_bar("Downloading") as report, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,
             repo_id,

@@ -1,4 +1,4 @@
-"""AdminClient: audit, billing and storage, for administrators."""
+"""AdminClient: audit log, billing and storage, for administrators."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tinkex.types._wire import parse_datetime
 
 EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
 
-#: The longest time a question about usage may span.
+#: The longest period that one request for usage may cover.
 LONGEST_USAGE = timedelta(days=14)
 
 
 class AdminClient(LookupClient):
-    """What an organization did, used and keeps.  Thread-safe.
+    """Reports an organization's activity, usage and storage.  Thread-safe.
 
-    Made on its own, ``AdminClient(base_url=..., api_key=...)``; nothing is created on the server.
-    Every method returns a future and does not block; futures raise RouteMissingError where the
-    server does not have the route, PermissionDeniedError if the key may not see it, and APIError
-    otherwise.  The arguments are those of LookupClient.
+    Create it directly, ``AdminClient(base_url=..., api_key=...)``; it creates nothing on the
+    server.  Every method returns a future and does not block.  Futures raise RouteMissingError if
+    the server lacks the route, PermissionDeniedError if the key is not allowed to use it, and
+    APIError otherwise.  The arguments are those of LookupClient.
     """
 
     def get_audit_log(
         self, event_type: str = "all", day: Optional[date] = None
     ) -> APIFuture[AuditLogResponse]:
-        """What was done on one day.
+        """Return the audit log of one day.
 
         Args:
             event_type: ``"all"``, ``"checkpoints"``, ``"projects"``, ``"teams"`` or
@@ -43,7 +43,7 @@ class AdminClient(LookupClient):
             day: the day, in UTC; None leaves the choice to the server.
 
         Raises:
-            InvalidInputError: *event_type* or *day* is something else.
+            InvalidInputError: *event_type* is not one of these, or *day* is not a date.
         """
         if event_type not in EVENT_TYPES:
             raise InvalidInputError(
@@ -56,13 +56,14 @@ class AdminClient(LookupClient):
     def get_billing_usage(
         self, starting_on: Instant, ending_before: Instant
     ) -> APIFuture[BillingUsageResponse]:
-        """What was used from *starting_on* until just before *ending_before*.
+        """Return the usage from *starting_on* until just before *ending_before*.
 
-        Both are whole hours, as aware datetimes or RFC 3339 strings (a bare date is its first
-        hour, what names no zone is UTC), at most 14 days apart.
+        Both are datetimes or RFC 3339 strings that name a whole hour, UTC if they have no time
+        zone; a bare date is its first hour.  They may be at most 14 days apart.
 
         Raises:
-            InvalidInputError: they are not; nothing was sent.
+            InvalidInputError: an argument is not a whole hour, or the period is empty or too long;
+                nothing was sent.
         """
         start = _whole_hour("starting_on", starting_on)
         end = _whole_hour("ending_before", ending_before)
@@ -76,17 +77,17 @@ class AdminClient(LookupClient):
     def get_current_checkpoint_storage_usage(
         self, project_id: Optional[str] = None
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
-        """The storage that current checkpoints use and what it costs, in one project or in all."""
+        """Return the storage that current checkpoints use, and its cost, in one project or all."""
         return self._run(api.get_current_checkpoint_storage_usage, project_id=project_id)
 
-    # The official SDK's names for programs with an event loop of their own.
+    # Awaitable variants, under the official SDK's names.
     get_audit_log_async = result_of(get_audit_log)
     get_billing_usage_async = result_of(get_billing_usage)
     get_current_checkpoint_storage_usage_async = result_of(get_current_checkpoint_storage_usage)
 
 
 def _whole_hour(name: str, value: Instant) -> datetime:
-    """Return *value* in UTC; InvalidInputError unless it is a whole hour."""
+    """Return *value* in UTC; raise InvalidInputError unless it is a whole hour."""
     found: Optional[datetime] = None
     if isinstance(value, datetime):
         found = value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)

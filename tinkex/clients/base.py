@@ -1,4 +1,4 @@
-"""What the clients have in common.  Each refers to a Runtime, which only one of them owns."""
+"""Base classes of the clients.  Clients share a Runtime, which only one of them owns."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="BaseClient")
 T = TypeVar("T")
 
-#: An instant: an aware datetime, or RFC 3339; without a zone it is taken as UTC.
+#: An instant: a datetime, or a string in RFC 3339; UTC if it has no time zone.
 Instant = Union[datetime, str]
 
 
 class BaseClient:
-    """A client of a runtime.
+    """A client that works through a runtime.
 
-    It is also its own result: creators block and return clients, and ``result()`` on them lets
-    scripts for the official SDK's future-returning style run unchanged.
+    Methods that create clients block and return the client itself.  Scripts that expect a future
+    there, as in the official SDK, can call the client's ``result()``, which returns the client.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -39,11 +39,11 @@ class BaseClient:
         return self
 
     def result_async(self: C, timeout: Optional[float] = None) -> Coroutine[Any, Any, C]:
-        """Await it to get this client itself, immediately; *timeout* has no effect."""
+        """Return a coroutine that returns this client immediately; *timeout* has no effect."""
         return itself(self)
 
     def coroutine(self: C) -> Coroutine[Any, Any, C]:
-        """Await it to get this client itself."""
+        """Return a coroutine that returns this client immediately."""
         return itself(self)
 
     def __await__(self: C) -> Generator[Any, None, C]:
@@ -51,13 +51,13 @@ class BaseClient:
         return itself(self).__await__()
 
     def get_telemetry(self) -> Optional[Reporter]:
-        """What reports failures to the server, or None if telemetry is off (the default)."""
+        """Return the reporter of failures, or None if telemetry is off (the default)."""
         return self._runtime.telemetry
 
     def close(self) -> None:
         """Refuse further work through this client.  Idempotent; does not block.
 
-        The session, other clients, and work already submitted go on.
+        The session, other clients, and work already submitted are not affected.
         """
         self._closed = True
 
@@ -68,7 +68,7 @@ class BaseClient:
         self.close()
 
     def _ensure_open(self, what: str) -> None:
-        """Raise ClientClosedError, naming *what* was called, if it or its runtime is closed."""
+        """Raise ClientClosedError, naming *what* was called, if client or runtime is closed."""
         self._runtime.ensure_open(what)
         if self._closed:
             raise ClientClosedError(
@@ -77,16 +77,17 @@ class BaseClient:
 
 
 class LookupClient(BaseClient):
-    """A client that lists, shows and manages what is on the server, and starts no work there.
+    """A client that queries and manages objects on the server, but neither trains nor samples.
 
     Args:
-        session: the runtime of a ServiceClient, which gives it.
-        base_url, api_key: the server; else ``TINKER_BASE_URL`` and ``TINKER_API_KEY``.
+        session: the runtime of the ServiceClient that creates this client.
+        base_url, api_key: the server's address and your key; by default ``TINKER_BASE_URL`` and
+            ``TINKER_API_KEY``.
         config: all settings at once, instead of the keywords.
         settings: any other setting of `Config`.
 
-    On its own it sends nothing before the first call, opens no session, and its threads end when
-    it is closed; use it as a context manager.
+    A client created on its own opens no session and sends nothing before the first call.  Use it as
+    a context manager, or close it, to end its threads.
     """
 
     def __init__(
@@ -118,14 +119,15 @@ class LookupClient(BaseClient):
 
     @property
     def transport(self) -> Transport:
-        """What requests go through; for the library's own modules."""
+        """The transport that sends requests; for the library's own modules."""
         return self._runtime.transport
 
     def close(self) -> None:
-        """Refuse further work; idempotent.
+        """Refuse further work.  Idempotent.
 
-        A client on its own also settles outstanding futures with ClientClosedError and ends its
-        threads, which takes a moment.  A session goes on, and so does work already submitted.
+        A client created on its own also settles outstanding futures with ClientClosedError and ends
+        its threads, which takes a moment.  For a client of a ServiceClient, the session and work
+        already submitted are not affected.
         """
         super().close()
         if self._owns_runtime:
@@ -136,9 +138,9 @@ class LookupClient(BaseClient):
         return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
 
     def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> APIFuture[T]:
-        """Return the future of ``call(transport, *args, **kwargs)`` in a background thread.
+        """Run ``call(transport, *args, **kwargs)`` in a background thread; return its future.
 
-        *call* must not refer to this client, which may be dropped before its futures are done.
+        *call* must not refer to this client: the caller may drop it before its futures are done.
         """
         kind = call.__name__
         self._ensure_open(kind)

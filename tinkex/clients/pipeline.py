@@ -1,6 +1,6 @@
-"""Pipeline: training steps, with the next ones submitted before the oldest is waited for.
+"""Pipeline: training steps that are submitted before the results of earlier ones are awaited.
 
-Used by one thread.  It has none of its own: the run's queue sends.
+Used by one thread.  It has none of its own: the run's queue sends the requests.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Batch = Iterable[Datum]
-#: Parameters of the optimizer: the same for every step, or a function of the step's index.
+#: The optimizer's parameters: the same for every step, or a function of the step's index.
 Schedule = Union[OptimParams, Callable[[int], OptimParams]]
-#: Steps that the caller saves: every n-th, or those for whose index a function returns True.
+#: Which steps the caller saves: every n-th, or each whose index a function maps to True.
 SaveAfter = Union[None, int, Callable[[int], bool]]
-#: Steps that the pipeline saves: every n-th, or those for whose index a function returns a name.
+#: Which steps the pipeline saves: every n-th, or each whose index a function maps to a name.
 SaveEvery = Union[None, int, Callable[[int], Optional[str]]]
 
 
@@ -59,7 +59,7 @@ class PipelineStep:
     """The results of one training step.
 
     Attributes:
-        index: of the step, from 0.
+        index: the step's position in the pipeline, from 0.
         forward_backward, optim: the results of its two requests.
     """
 
@@ -67,13 +67,13 @@ class PipelineStep:
     forward_backward: ForwardBackwardOutput
     optim: OptimStepResponse
 
-    #: Set by the pipeline; no fields, so that copies and pickles hold the results alone.
+    #: Set by the pipeline.  Not fields, so that copies and pickles hold only the results.
     _pipeline: ClassVar[Optional[Pipeline]] = None
     _saved: ClassVar[Optional[APIFuture[SaveWeightsResponse]]] = None
 
     @property
     def metrics(self) -> Dict[str, float]:
-        """The metrics of both."""
+        """The metrics of both requests, merged."""
         return {**self.forward_backward.metrics, **(self.optim.metrics or {})}
 
     def save_state(
@@ -85,15 +85,15 @@ class PipelineStep:
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state as they are after this step; return immediately.
 
-        Without arguments: return the future of the checkpoint that the pipeline has queued behind
-        this step, one of *save_every*.  Otherwise arguments and result are as for
+        Without a name, return the future of the checkpoint that the pipeline queued behind this
+        step because of *save_every*.  With a name, arguments and result are as for
         `TrainingClient.save_state`.
 
         Raises:
-            InvalidInputError: there is no name, and the step is not one of *save_every*.  Or a
-                later step was submitted already, or the run was trained or loaded otherwise since,
-                so that the checkpoint would hold that, too: see *save_every* and *save_after* of
-                `TrainingClient.pipeline`.
+            InvalidInputError: there is no name, and *save_every* did not select this step.  Or
+                there is a name, but the checkpoint would include more than this step: a later step
+                was submitted, or the run was trained or loaded outside of the pipeline.  See
+                *save_every* and *save_after* of `TrainingClient.pipeline`.
         """
         if name is None:
             if self._saved is None:
@@ -119,31 +119,31 @@ class PipelineStep:
     def _trainer_after_this(self, what: str) -> TrainingClient:
         if self._pipeline is None:
             raise InvalidInputError(
-                f"{what}: this copy of step {self.index} does not belong to a pipeline any more"
+                f"{what}: this copy of step {self.index} does not belong to a pipeline"
             )
         return self._pipeline.trainer_after(self.index, what)
 
     def __getstate__(self) -> Dict[str, Any]:
-        # Not the pipeline and the future that `_finish_oldest` adds: they cannot be pickled.
+        # Without the pipeline and the future that `_finish_oldest` adds: they can't be pickled.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class Step(NamedTuple):
-    """A pass, and the optimizer step after it, that were put into the run's queue."""
+    """A pass and the optimizer step after it, both in the run's queue."""
 
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
 
     def cancel_if_unsent(self) -> None:
         """Cancel both, unless the queue has begun the pass."""
-        # The gradient of a pass that was sent must be taken by its own step: it would otherwise be
-        # added to that of the next one.
+        # If the pass was sent, its own optimizer step must use up its gradient, which would
+        # otherwise be added to the gradient of the next step.
         if self.forward_backward.cancel_if_queued():
             self.optim.cancel()
 
 
 class _Sent(NamedTuple):
-    """A step under way."""
+    """A step in progress."""
 
     step_index: int
     step: Step
@@ -153,11 +153,11 @@ class _Sent(NamedTuple):
 class Pipeline(Iterator[PipelineStep]):
     """The iterator that `TrainingClient.pipeline` returns.  For one thread.
 
-    Args: as for `TrainingClient.pipeline`, of *trainer*.
+    Args: as for `TrainingClient.pipeline` of *trainer*.
 
     Attributes:
-        is_drained: whether the owner drains the pipeline however it ends, and reports what was not
-            done, so that the pipeline does not.
+        is_drained: set by an owner that always drains the pipeline and reports unfinished steps
+            itself; the pipeline then logs no warning about them.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class Pipeline(Iterator[PipelineStep]):
         self._save_every: SaveEvery = _every_nth("save_every", save_every)
         self._save_ttl_seconds = check_ttl(save_ttl_seconds)
         self._sent: Deque[_Sent] = collections.deque()
-        self._newest = -1  # the last step that was submitted
-        self._newest_update = trainer._run.last_update  # of the newest step
+        self._newest = -1  # index of the last step that was submitted
+        self._newest_update = trainer._run.last_update  # identifies that step's update
         self._more = True
         self._ended = False
         self.is_drained = False
@@ -200,8 +200,8 @@ class Pipeline(Iterator[PipelineStep]):
     def __next__(self) -> PipelineStep:
         """Submit up to *depth* steps, and wait for the oldest.
 
-        Any failure, Ctrl-C too, cancels what was not sent, and is raised; `drain` returns what was
-        sent.
+        Any failure, including Ctrl-C, cancels the unsent steps and is raised; `drain` returns the
+        steps that were sent.
         """
         if self._ended:
             raise StopIteration
@@ -215,25 +215,26 @@ class Pipeline(Iterator[PipelineStep]):
         raise StopIteration
 
     def drain(self) -> List[PipelineStep]:
-        """Wait for the steps that were sent, and return those not handed out yet.
+        """Wait for the submitted steps, and return those not handed out yet.
 
-        No more batches are taken.  Blocks; raises the first failure, and can be called again.
+        The pipeline takes no more batches.  Blocks; raises the first failure, and can be called
+        again after one.
         """
         self._more = False
         steps: List[PipelineStep] = []
         while self._sent:
             try:
                 steps.append(self._finish_oldest())
-            # Not Ctrl-C: the step remains the oldest, and another `drain` waits for it again.
+            # Except Ctrl-C: the step remains the oldest, and another `drain` waits for it again.
             except Exception as error:
                 self._break_off(error)
                 raise
         return steps
 
     def close(self) -> None:
-        """Take no more batches, and cancel what was not sent; log what was.  Idempotent.
+        """Take no more batches, and cancel the unsent steps.  Idempotent; does not block.
 
-        What was sent is done by the server.  Does not block.
+        The server still executes the steps that were sent; they are logged.
         """
         self._more = False
         self._cancel_unsent()
@@ -242,7 +243,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._sent.clear()
 
     def trainer_after(self, index: int, what: str) -> TrainingClient:
-        """Return the trainer for *what*; InvalidInputError if step *index* is not the last one."""
+        """Return the trainer, for *what*; InvalidInputError if the run is past step *index*."""
         if self._newest > index:
             later = (
                 f"step {index + 1} was"
@@ -250,16 +251,16 @@ class Pipeline(Iterator[PipelineStep]):
                 else (f"steps {index + 1} to {self._newest} were")
             )
             raise InvalidInputError(
-                f"{what}: {later} submitted before, so the checkpoint would not be that of step "
+                f"{what}: {later} already submitted, so the checkpoint would hold more than step "
                 f"{index}",
-                hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
-                "save_after=100 if you save them yourself; or use depth=1.",
+                hint="Say in advance which steps to save: pipeline(..., save_every=100), or "
+                "save_after=100 to save them yourself; or use depth=1.",
             )
-        # Every queued optimizer step or load replaces it, whether or not the pipeline queued it.
+        # Every queued optimizer step or load replaces last_update, whoever queued it.
         if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
                 f"{what}: the run was trained or loaded outside of the pipeline after step "
-                f"{index}, so the checkpoint would not be that of the step",
+                f"{index}, so the checkpoint would not match that step",
                 hint=f"To save the run as it is now, call {what} of the training client.",
             )
         return self._trainer
@@ -273,7 +274,7 @@ class Pipeline(Iterator[PipelineStep]):
     def _fill(self) -> None:
         while self._more and len(self._sent) < self._depth:
             if self._sent and self._is_saved_after(self._newest):
-                return  # until that step has been handed out, and the next one is asked for
+                return  # until that step was handed out and the caller requests the next one
             try:
                 index, batch = next(self._batches)
             except StopIteration:
@@ -281,8 +282,8 @@ class Pipeline(Iterator[PipelineStep]):
                 return
             try:
                 step = self._submit(index, batch)
-                # Before the checkpoint is queued, which may fail: the step is in the run's queue by
-                # now, and must be among those that are cancelled or drained.
+                # Before queueing the checkpoint, which may fail: the step is already in the run's
+                # queue, and must be cancelled or drained with the others.
                 self._sent.append(_Sent(index, step))
                 self._newest, self._newest_update = index, self._trainer._run.last_update
                 self._save_newest()
@@ -305,8 +306,8 @@ class Pipeline(Iterator[PipelineStep]):
         return trainer._custom_pass(data, loss_fn, breaks)
 
     def _save_newest(self) -> None:
-        """Queue a checkpoint behind the newest step, if it is one of *save_every*."""
-        # The run's requests are executed in order, so it holds that step, and none after it.
+        """Queue a checkpoint behind the newest step, if *save_every* selects the step."""
+        # The server executes a run's requests in order, so the checkpoint holds no later step.
         index, step, _ = self._sent[-1]
         if self._save_every is None:
             return
@@ -319,7 +320,7 @@ class Pipeline(Iterator[PipelineStep]):
             self._sent[-1] = _Sent(index, step, saved)
 
     def _is_saved_after(self, index: int) -> bool:
-        """Whether step *index* is one of *save_after*."""
+        """Whether *save_after* selects step *index*."""
         if self._save_after is None:
             return False
         if callable(self._save_after):
@@ -327,12 +328,12 @@ class Pipeline(Iterator[PipelineStep]):
         return (index + 1) % self._save_after == 0
 
     def _finish_oldest(self) -> PipelineStep:
-        # Left in place until its results are there: Ctrl-C may interrupt the wait for them.
+        # The step stays in place until its results have arrived: Ctrl-C may interrupt the wait.
         index, sent, saved = self._sent[0]
         try:
             step = PipelineStep(index, sent.forward_backward.result(), sent.optim.result())
             vars(step).update(_pipeline=self, _saved=saved)  # the dataclass is frozen
-        except Exception as error:  # not Ctrl-C: the step continues, and `drain` can wait for it
+        except Exception as error:  # not Ctrl-C: the step goes on, and `drain` can wait for it
             self._sent.popleft()
             if isinstance(error, TinkexError):
                 _add_step_to_hint(error, index)
@@ -350,8 +351,8 @@ class Pipeline(Iterator[PipelineStep]):
             )
 
     def _cancel_unsent(self) -> None:
-        """Cancel the steps that the queue has not begun, and forget them."""
-        # From the last one backward: the queue may begin a step at any moment, and must not find
+        """Cancel and forget the steps that the queue has not begun."""
+        # From the last step backward: the queue may begin a step at any moment, and must not begin
         # one whose predecessor was cancelled.
         kept: Deque[_Sent] = collections.deque()
         for sent in reversed(self._sent):
@@ -366,15 +367,15 @@ class Pipeline(Iterator[PipelineStep]):
         if not self._sent:
             return "nothing else was sent"
         names = ", ".join(str(sent.step_index) for sent in self._sent)
-        return f"sent before, and done by the server unless it fails: step {names}"
+        return f"already sent, and done by the server unless it fails: step {names}"
 
 
 def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
-    """Return the data of a step, and the indices at which each pass after the first one begins.
+    """Return the data of a step, and the indices at which its second and later passes begin.
 
     Raises InvalidInputError if a pass is empty.
     """
-    # Several passes are a list of lists; all else is one pass, and checked as such later.
+    # A list of lists is several passes; anything else is one pass, and is checked later.
     if not (isinstance(batch, (list, tuple)) and batch and all(isinstance(p, list) for p in batch)):
         return batch, []
     data: List[Any] = []
@@ -390,7 +391,7 @@ def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
 
 
 def _every_nth(name: str, given: Any) -> Any:
-    """Return *given*, a number of steps, as an int; a function, and None, as it is."""
+    """Return *given*, a number of steps, as an int; return a function or None unchanged."""
     if given is None or callable(given):
         return given
     return as_int(name, given, 1, text=False)

@@ -1,4 +1,4 @@
-"""RestClient: runs, checkpoints and sessions on the server."""
+"""RestClient: manages runs, checkpoints and sessions on the server."""
 
 from __future__ import annotations
 
@@ -46,22 +46,23 @@ from tinkex.types import (
 )
 from tinkex.types.checkpoint_path import check_tinker_path, locate_checkpoint
 
-#: Seconds between two requests for the state of a trace export.
+#: Seconds between two polls of a trace export.
 TRACE_POLL_S = 5.0
 
 
 class RestClient(LookupClient):
-    """Lists and manages what is on the server.  Thread-safe.
+    """Lists and manages runs, checkpoints and sessions on the server.  Thread-safe.
 
-    Made by ServiceClient, or on its own: then nothing is created on the server.  Every method
-    returns a future and does not block, unless its docstring states otherwise.  Futures raise
-    NotFoundError for what does not exist, RouteMissingError for what the server cannot do, and
-    APIError otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or of any other form that the
-    server uses.  The arguments are those of LookupClient.
+    Get one from `ServiceClient.create_rest_client`, or create it directly, which creates nothing on
+    the server.  Every method returns a future and does not block, unless its docstring says
+    otherwise.  Futures raise NotFoundError if an object does not exist, RouteMissingError if the
+    server does not support the operation, and APIError otherwise.  Paths are
+    ``tinker://<run>/<kind>/<name>``, or any other form that the server uses.  The arguments are
+    those of LookupClient.
     """
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
-        """The base models the server offers."""
+        """Get the base models that the server offers."""
         return self._run(sessions_api.get_server_capabilities)
 
     def list_training_runs(
@@ -71,7 +72,7 @@ class RestClient(LookupClient):
         access_scope: str = "owned",
         project_id: Optional[str] = None,
     ) -> APIFuture[TrainingRunsResponse]:
-        """A page of training runs, the last used first."""
+        """List one page of training runs, most recently used first."""
         limit, offset = _page(limit, offset)
         return self._run(
             api.list_training_runs,
@@ -84,29 +85,29 @@ class RestClient(LookupClient):
     def get_training_run(
         self, training_run_id: str, access_scope: str = "owned"
     ) -> APIFuture[TrainingRun]:
-        """One training run."""
+        """Get one training run."""
         return self._run(api.get_training_run, training_run_id, access_scope=access_scope)
 
     def get_training_run_by_tinker_path(
         self, tinker_path: str, access_scope: str = "owned"
     ) -> APIFuture[TrainingRun]:
-        """The training run that a checkpoint came from."""
+        """Get the training run that a checkpoint belongs to."""
         run_id = locate_checkpoint(tinker_path).training_run_id
         return self.get_training_run(run_id, access_scope)
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
-        """All checkpoints of one run."""
+        """List all checkpoints of one run."""
         return self._run(api.list_checkpoints, training_run_id)
 
     def list_user_checkpoints(
         self, limit: int = 100, offset: int = 0
     ) -> APIFuture[CheckpointsListResponse]:
-        """A page of all checkpoints, newest first."""
+        """List one page of the checkpoints of all runs, newest first."""
         limit, offset = _page(limit, offset)
         return self._run(api.list_user_checkpoints, limit=limit, offset=offset)
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
-        """What a checkpoint was trained from, and how."""
+        """Get a checkpoint's base model and how its adapter was trained."""
         tinker_path = check_tinker_path(tinker_path)
         return self._run(api.get_weights_info, tinker_path)
 
@@ -120,12 +121,12 @@ class RestClient(LookupClient):
         return self.delete_checkpoint(parsed.training_run_id, parsed.checkpoint_id)
 
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Make a checkpoint public.  ConflictError if it is public already."""
+        """Make a checkpoint public; the future raises ConflictError if it already is."""
         parsed = locate_checkpoint(tinker_path)
         return self._run(api.publish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Make a checkpoint private again.  ConflictError if it is private already."""
+        """Make a checkpoint private again; the future raises ConflictError if it already is."""
         parsed = locate_checkpoint(tinker_path)
         return self._run(api.unpublish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
@@ -142,31 +143,31 @@ class RestClient(LookupClient):
     def list_sessions(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
     ) -> APIFuture[ListSessionsResponse]:
-        """A page of session ids, newest first, including sessions that have ended."""
+        """List one page of session ids, newest first, including sessions that have ended."""
         limit, offset = _page(limit, offset)
         return self._run(api.list_sessions, limit=limit, offset=offset, access_scope=access_scope)
 
     def get_session(
         self, session_id: str, access_scope: str = "owned"
     ) -> APIFuture[GetSessionResponse]:
-        """The runs and samplers of one session."""
+        """Get the runs and samplers of one session."""
         return self._run(api.get_session, session_id, access_scope=access_scope)
 
     def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
-        """What a sampler samples from."""
+        """Get the base model and checkpoint that a sampler samples from."""
         return self._run(sampling_api.get_sampler, sampler_id)
 
     def get_external_weights_urls(self, tinker_path: str) -> APIFuture[ExternalWeightsUrlsResponse]:
-        """Signed URLs of the files of exported weights (``tinker://<run>/external_weights/...``).
+        """Get signed URLs of the files of exported weights.
 
         Raises:
-            InvalidInputError: *tinker_path* is of another kind.
+            InvalidInputError: *tinker_path* is not a ``tinker://<run>/external_weights/...``.
         """
         parsed = locate_checkpoint(tinker_path)
         if parsed.checkpoint_type != "external":
             raise InvalidInputError(
                 f"{tinker_path} is a {parsed.checkpoint_type} checkpoint, not an exported one",
-                hint="save_weights_external makes those; download_checkpoint takes any.",
+                hint="save_weights_external exports weights; download_checkpoint takes any kind.",
             )
         return self._run(
             api.get_external_weights_urls, parsed.training_run_id, parsed.checkpoint_id
@@ -175,10 +176,10 @@ class RestClient(LookupClient):
     def get_checkpoint_archive_url(
         self, training_run_id: str, checkpoint_id: str
     ) -> APIFuture[CheckpointArchiveUrlResponse]:
-        """A signed URL of one archive with all files of a checkpoint.
+        """Get a signed URL of an archive that contains all files of a checkpoint.
 
-        The server may take minutes to build it, and the future waits for that.  The hosted service
-        no longer has archives; `download_checkpoint` works with both.
+        The server may take minutes to build the archive; the future waits until it is ready.  The
+        hosted service no longer offers archives; `download_checkpoint` works with or without them.
         """
         return self._run(archives_api.get_checkpoint_archive_url, training_run_id, checkpoint_id)
 
@@ -200,13 +201,14 @@ class RestClient(LookupClient):
         """Copy a checkpoint into a project; the future's result is the path of the copy.
 
         Args:
-            path: the checkpoint.
-            destination_project_id: the project; else the client's, from ``TINKER_PROJECT_ID``.
-            ttl_seconds: the copy is deleted after this long; None keeps it.
+            path: the path of the checkpoint.
+            destination_project_id: the project; by default the client's own, as set by
+                ``project_id`` or ``TINKER_PROJECT_ID``.
+            ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 
         Raises:
-            InvalidInputError: there is no project, or an argument is wrong.
+            InvalidInputError: no project is known, or an argument is invalid.
         """
         project_id = destination_project_id or self.config.project_id
         if not project_id:
@@ -236,12 +238,12 @@ class RestClient(LookupClient):
     def export_session_trace(self, session_id: str) -> APIFuture[str]:
         """Have the server export a session's trace; the future's result is a signed URL of it.
 
-        The future waits until the export is ready; it raises RequestFailedError if it fails.
+        The future waits until the export is ready, and raises RequestFailedError if it fails.
         """
         return self._run(export_session_trace, session_id)
 
     def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
-        """A page of the sessions that fit *request*, newest first.
+        """Find one page of the sessions that match *request*, newest first.
 
         For the next page, search again with ``cursor=response.next_cursor``.
         """
@@ -249,7 +251,10 @@ class RestClient(LookupClient):
         return self._run(api.search_sessions, request)
 
     def whoami(self) -> APIFuture[WhoamiResponse]:
-        """Who the key belongs to; RouteMissingError or CredentialError if that is not reported."""
+        """Get the owner of the key.
+
+        The future raises RouteMissingError or CredentialError if the server does not report it.
+        """
         return self._run(auth.whoami)
 
     def download_checkpoint(
@@ -263,34 +268,35 @@ class RestClient(LookupClient):
     ) -> Path:
         """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
-        What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it
-        if it exists), and the next call with the same arguments resumes from there; only one at a
-        time may use it.  On a server without archives, a training checkpoint is exported for the
-        purpose: that opens a session, and the export is deleted again.  Checksums, the end of the
-        archive and the length of the weights are checked.
+        An interrupted download leaves what it has fetched in a hidden folder (beside *dest*, or
+        inside if *dest* exists); the next call with the same arguments resumes from there.  Only
+        one download at a time may use that folder.  If the server has no archives, a training
+        checkpoint is first exported: this opens a session, and the export is deleted afterwards.
+        Checksums, the end of the archive and the length of the weights are verified.
 
-        An adapter that was trained with ``train_unembed``, the default, on a model whose output
-        layer is tied to its embedding must not be merged by PEFT alone: see
-        `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
+        PEFT alone must not merge an adapter that was trained with ``train_unembed`` (the default)
+        into a model whose output layer is tied to its embedding: see `tinkex.local.merge_adapter`.
+        The embedded server puts a note into such a checkpoint.
 
         Args:
-            tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
-            dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or
-                be empty.  ``~`` is the home folder.
+            tinker_path: any kind of checkpoint; a sampler checkpoint requires a server that makes
+                archives.
+            dest: the folder to write; it is created, with its parents.  Unless *overwrite*, it must
+                be empty or not exist.  ``~`` is the home folder.
             progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times
-                a second; what it raises ends the download.
-            overwrite: write into *dest* although there is something in it, once everything was
-                fetched.  Files with the names of the new ones, and adapters
-                (``adapter_config.json``, ``adapter_model*``), are replaced; others stay.
+                a second; if it raises, the download ends with that error.
+            overwrite: allow *dest* to contain files.  Once everything has been fetched, adapters
+                (``adapter_config.json``, ``adapter_model*``) and files with the names of new ones
+                are replaced; other files stay.
             cancel: set it, from any thread, to end the download soon.
 
         Raises:
-            InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
-            RouteMissingError: the server offers no way to download it.
+            InvalidInputError: *tinker_path* names no checkpoint, or *dest* is not empty.
+            RouteMissingError: the server offers no way to download the checkpoint.
             DownloadCancelledError: *cancel* was set.
-            ResponseDecodeError: what was fetched is damaged, incomplete or not safe to unpack.
-            APIError: the server refuses it, or cannot be reached.
-            OSError: it cannot be written here.
+            ResponseDecodeError: the fetched data is damaged, incomplete or unsafe to unpack.
+            APIError: the server refuses the download, or cannot be reached.
+            OSError: the files cannot be written.
         """
         self._ensure_open("download_checkpoint")
         folder = checkpoints.fetch_checkpoint(
@@ -307,20 +313,20 @@ class RestClient(LookupClient):
 
         Args:
             tinker_path: as for `download_checkpoint`.
-            repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
-            private: of a repository that is made; True by default.
-            revision: the branch to push to; made if it does not exist.
-            commit_message: of the commit.
+            repo_id: ``"<user or organization>/<name>"``; created if it does not exist.
+            private: whether a newly created repository is private; True by default.
+            revision: the branch to push to; created if it does not exist.
+            commit_message: the message of the commit.
             create_pr: open a pull request instead of pushing.
-            allow_patterns, ignore_patterns: which files; all of them by default.
-            add_model_card: write a README.md that names base model and checkpoint, if it has none;
-                True by default.
+            allow_patterns, ignore_patterns: which files to push; all of them by default.
+            add_model_card: add a README.md that names the base model and the checkpoint, unless
+                there is one; True by default.
             progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
             hub: used in place of ``huggingface_hub.HfApi()``.
 
         Raises:
             ConfigError: huggingface_hub is not installed.
-            And what `download_checkpoint` and huggingface_hub raise.
+            Also everything that `download_checkpoint` and huggingface_hub raise.
         """
         self._ensure_open("push_to_hub")
         return hub.push_to_hub(self.transport, tinker_path, repo_id, **options)
@@ -330,19 +336,19 @@ class RestClient(LookupClient):
     def get_audit_log(
         self, event_type: str = "all", day: Optional[date] = None
     ) -> APIFuture[AuditLogResponse]:
-        """Deprecated: see AdminClient."""
+        """Deprecated; use the same method of AdminClient."""
         return self._admin("get_audit_log").get_audit_log(event_type, day)
 
     def get_billing_usage(
         self, starting_on: Instant, ending_before: Instant
     ) -> APIFuture[BillingUsageResponse]:
-        """Deprecated: see AdminClient."""
+        """Deprecated; use the same method of AdminClient."""
         return self._admin("get_billing_usage").get_billing_usage(starting_on, ending_before)
 
     def get_current_checkpoint_storage_usage(
         self, project_id: Optional[str] = None
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
-        """Deprecated: see AdminClient."""
+        """Deprecated; use the same method of AdminClient."""
         return self._admin(
             "get_current_checkpoint_storage_usage"
         ).get_current_checkpoint_storage_usage(project_id)
@@ -355,7 +361,7 @@ class RestClient(LookupClient):
         )
         return AdminClient(self._runtime)
 
-    # The official SDK's names for programs with an event loop of their own.
+    # Awaitable variants, under the official SDK's names.
     get_server_capabilities_async = result_of(get_server_capabilities)
     list_training_runs_async = result_of(list_training_runs)
     get_training_run_async = result_of(get_training_run)
@@ -408,7 +414,7 @@ def export_session_trace(transport: Transport, session_id: str) -> str:
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:
-    """Return both as ints; InvalidInputError if either is out of range."""
+    """Return both as ints; raise InvalidInputError if either is out of range."""
     size, start = to_int(limit, text=False), to_int(offset, text=False)
     if is_int(size, 1) and is_int(start, 0):
         return size, start

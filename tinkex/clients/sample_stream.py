@@ -1,7 +1,7 @@
 """SampleStream: samples any number of prompts, a bounded number at a time, as an iterator.
 
-Prompts are taken, and results returned, in the thread that iterates; there is no other.  Settled
-futures put their index into a queue.
+It has no thread of its own: the iterating thread takes prompts and returns results.  Futures put
+their index into a queue when they are settled.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from tinkex.types import ModelInput, SampleResponse
 
 logger = logging.getLogger(__name__)
 
-#: Called as ``progress(done, failed, total)``; *failed* of *done* failed, *total* may be None.
+#: Called as ``progress(done, failed, total)``: *failed* counts among *done*; *total* may be None.
 ProgressCallback = Callable[[int, int, Optional[int]], object]
 Progress = Union[bool, ProgressCallback]
 
-#: In input order, up to this many times max_in_flight prompts are begun ahead of the one due.
+#: In input order, up to this many times max_in_flight prompts are begun ahead of the next result.
 WINDOW = 4
 
 
 class Sampled(NamedTuple):
-    """What became of one prompt: a response, or the error that it failed with.
+    """The outcome of one prompt: its response, or the error that it failed with.
 
     Attributes:
-        index: of the prompt in the iterable, from 0.
+        index: the prompt's position in the iterable, from 0.
     """
 
     index: int  # type: ignore[assignment]  # tuple has a method of that name
@@ -65,10 +65,10 @@ class Sampled(NamedTuple):
 
 
 class SampleStream(Iterator[Sampled]):
-    """The iterator that `SamplingClient.sample_many` returns, which describes the *options*.
+    """The iterator that `SamplingClient.sample_many` returns; see there for the *options*.
 
-    Several threads may share it: each result goes to one of them.  `close` may be called by any,
-    and by the prompts or the progress function.
+    Several threads may share it: each result goes to one of them.  Any thread may call `close`, and
+    so may the iterable of prompts and the progress function.
 
     Args:
         sample: submits one prompt.
@@ -81,8 +81,8 @@ class SampleStream(Iterator[Sampled]):
         **options: Any,
     ) -> None:
         self._run = run = _Run(sample, prompts, **options)
-        # Guards the next two: one thread at a time takes prompts and waits.  Reentrant, because
-        # the prompts and the progress function run inside, and may call `close`.
+        # Guards _running and _results: one thread at a time takes prompts and waits.  Reentrant,
+        # because the iterable of prompts and the progress function run inside and may call `close`.
         self._lock = threading.RLock()
         self._running = False
         self._results = run.results()
@@ -92,9 +92,9 @@ class SampleStream(Iterator[Sampled]):
         return self
 
     def __next__(self) -> Sampled:
-        if self._pid != os.getpid():  # locks may be dead, and nothing would wake us
+        if self._pid != os.getpid():  # locks may be held for ever, and nothing would wake us
             raise ClientClosedError("sample_many: this belongs to the parent process of a fork")
-        # While a generator runs, nobody else may enter or close it: Python raises ValueError.
+        # A running generator must not be entered or closed again: Python raises ValueError.
         with self._lock:
             self._running = True
             try:
@@ -103,16 +103,16 @@ class SampleStream(Iterator[Sampled]):
                 self._running = False
 
     def close(self) -> None:
-        """Cancel what is in flight, and take no more prompts.  Idempotent.
+        """Cancel the requests in flight, and take no more prompts.  Idempotent.
 
-        The iterator then ends, also for a thread that is waiting in it.  Blocks while another
-        thread is in the iterable of prompts.
+        The iterator then ends, even for a thread that is waiting in it.  Blocks while another
+        thread is reading the iterable of prompts.
         """
         if self._pid != os.getpid():
             return
-        self._run.stop()  # before the lock, which a thread that waits for a result holds
+        self._run.stop()  # before the lock, which is held by a thread that waits for a result
         with self._lock:
-            if not self._running:  # else the prompts, or the progress function, called this
+            if not self._running:  # otherwise the prompts or the progress function called `close`
                 self._results.close()
 
     def __enter__(self) -> SampleStream:
@@ -157,20 +157,20 @@ class _Run:
         self._settled: Inbox[Optional[int]] = Inbox()  # None: stop
         self._stopped = False
         self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
-        # Finished, but not due yet in input order; by index.
+        # Finished results that wait for an earlier one in input order, by index.
         self._ready: Dict[int, Sampled] = {}
         self._due = 0
-        # A prompt that was taken and could not be begun yet.
+        # A prompt that was taken but could not be submitted yet.
         self._next: Optional[Tuple[int, ModelInput]] = None
 
     def stop(self) -> None:
-        """End the run; wakes the thread that waits.  From any thread."""
-        # The flag is for a thread that submits prompts, the item for one that waits for a result.
+        """End the run, and wake the waiting thread.  Thread-safe."""
+        # A thread that submits prompts sees the flag; one that waits for a result gets the item.
         self._stopped = True
         self._settled.put(None)
 
     def results(self) -> Generator[Sampled, None, None]:
-        """Yield what becomes of the prompts.  Closing it cancels what is in flight."""
+        """Yield the outcomes of the prompts.  Closing the generator cancels requests in flight."""
         done = failed = 0
         first: Optional[Sampled] = None
         collected = False
@@ -203,15 +203,15 @@ class _Run:
                     first.error,
                 )
         except GeneratorExit:
-            # `close` sets the flag before it closes the generator; a finalizer does not.
+            # `close` sets the flag before it closes the generator; the garbage collector does not.
             collected = not self._stopped
             raise
         finally:
             self._stopped = True
             futures = [future for _, future in self._in_flight.values()]
             if collected:
-                # In a finalizer, at any point of any thread: cancelling takes locks, which this
-                # thread may be holding.
+                # A finalizer can run at any point of any thread.  Cancelling takes locks, which
+                # that thread may be holding.
                 call_from_finalizer(discard, futures)
             else:
                 discard(futures)
@@ -219,39 +219,39 @@ class _Run:
             report.close()
 
     def _fill(self) -> None:
-        """Begin as many prompts as there is room for."""
+        """Submit as many prompts as there is room for."""
         while len(self._in_flight) < self._max_in_flight and not self._stopped:
             if self._next is None:
                 self._next = next(self._prompts, None)
                 if self._next is None:
-                    self._prompts = iter(())  # do not ask an iterator again that has ended
+                    self._prompts = iter(())  # don't call an iterator again that has ended
                     return
                 continue  # the iterable of prompts may have closed the stream
             index, prompt = self._next
-            # A slow prompt holds back the results after it; this bounds how many are kept.
+            # A slow prompt holds back all later results; this bounds their number.
             if self._window is not None and index >= self._due + self._window:
                 return
             try:
                 future = self._sample(prompt)
             except (BudgetExceededError, BackpressureError) as error:
-                # None of ours is going to free any room, so a wait might never end.
+                # With no request of ours in flight to free any room, waiting might never end.
                 if not self._in_flight:
                     _add_index(error, index)
                     raise
-                return  # there may be room once some of ours are done
+                return  # there may be room once some of our requests are done
             except InvalidInputError as error:
                 future = APIFuture("sample")  # a failure like any other: on_error decides
                 future.try_set_exception(error)
-            self._in_flight[index] = (prompt, future)  # first: Ctrl-C may come at any call
+            self._in_flight[index] = (prompt, future)  # first: Ctrl-C may strike in any call
             self._next = None
             future.on_settled(functools.partial(self._note_settled, index))
 
     def _note_settled(self, index: int, future: Any) -> None:
-        """In the thread that settles the future."""
+        """Called in the thread that settles the future."""
         self._settled.put(index)
 
     def _wait(self) -> Optional[Sampled]:
-        """Wait until one of those in flight is settled; None if the run is stopped."""
+        """Wait until a request in flight is settled; return None if the run is stopped."""
         index: Optional[int] = None
         wait = LongWait(self._notice_after_s)
         while not self._stopped:
@@ -264,18 +264,18 @@ class _Run:
         if index is None:
             return None
         prompt, future = self._in_flight.pop(index)
-        # Asked first, because `exception` would raise CancelledError rather than return it.
+        # Checked first, because `exception` would raise CancelledError rather than return it.
         if future.cancelled():
             return Sampled(index, prompt, None, CancelledError())
         error = future.exception()
         if isinstance(error, ClientClosedError):
-            raise error  # whatever on_error is: every further prompt would fail with it
+            raise error  # whatever on_error says: every further prompt would fail, too
         if error is not None:
             return Sampled(index, prompt, None, error)
         return Sampled(index, prompt, future.result())
 
     def _explain_wait(self) -> None:
-        # A dict keeps the order of insertion, in which the prompts were begun.
+        # A dict keeps insertion order, so the first entry is the oldest.
         _, oldest = next(iter(self._in_flight.values()))
         logger.info(
             "sample_many: still waiting for %d samples; the oldest is %s",
@@ -284,7 +284,7 @@ class _Run:
         )
 
     def _hand_out(self, index: int) -> Iterator[Sampled]:
-        """Yield what is due now that *index* is ready; skipped failures are left out."""
+        """Yield what can be returned now that *index* is ready, without skipped failures."""
         keep_failed = self._on_error == "yield"
         if self._window is None:
             sampled = self._ready.pop(index)
@@ -308,10 +308,10 @@ class _Reporter:
     """Reports no progress."""
 
     def __call__(self, done: int, failed: int) -> None:
-        """*done* prompts are finished, *failed* of them without a result."""
+        """Report that *done* prompts are finished, *failed* of them without a result."""
 
     def close(self) -> None:
-        """The stream has ended."""
+        """Report that the stream has ended."""
 
 
 class _Caller(_Reporter):

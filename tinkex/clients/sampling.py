@@ -46,18 +46,19 @@ T = TypeVar("T")
 class SamplingClient(BaseClient):
     """Samples from one set of weights.  Thread-safe; requests run in any order.
 
-    Made by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input, before
-    anything is sent, and ClientClosedError once the ServiceClient is closed.
+    Created by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input,
+    before anything is sent, and ClientClosedError once the ServiceClient is closed.
 
     Attributes:
         sampling_session_id: the server's id of the sampler.
-        usage_tag: `ServiceClient.usage` counts what this client uses from then on under this tag.
+        usage_tag: `ServiceClient.usage` counts this client's tokens under this tag from the moment
+            it is set.
 
     Args:
-        retry_config: limits and retries of this client; None takes RetryConfig's for the retries,
-            and the session's settings for the limits.
+        retry_config: limits and retries of this client; with None, the retries are those of a
+            default RetryConfig, and the limits come from the session's settings.
         record_stability_info: as for `ServiceClient.create_sampling_client`.
-        clone: this is another client of a sampler that exists already.
+        clone: whether another client of this sampler already exists.
     """
 
     usage_tag: Optional[str] = None
@@ -84,7 +85,7 @@ class SamplingClient(BaseClient):
         self._sampler = Sampler(
             runtime.resources, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
-        # Of the latest request: thousands of reservations share one account.
+        # The account of the latest request, cached because thousands of reservations share it.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)
 
     @classmethod
@@ -112,8 +113,8 @@ class SamplingClient(BaseClient):
         if base_model is not None:
             base_model = check_model_name(base_model)
         runtime.ensure_open("create_sampling_client")
-        # Taken here rather than in the background, so that samplers are numbered in the order of
-        # the calls.
+        # Taken here rather than in the background thread, so that samplers are numbered in call
+        # order.
         seq_id = runtime.session.next_sampler_seq_id()
 
         def create() -> SamplingClient:
@@ -155,25 +156,25 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[SampleResponse]:
         """Draw *num_samples* continuations of *prompt*; return immediately.
 
-        Cancelling the future frees its place immediately, and cancels the work at the server if
-        that supports it.
+        Cancelling the future frees its slot immediately, and cancels the work on the server if the
+        server supports that.
 
         Args:
             prompt: n tokens, at least one.
-            num_samples: how many, drawn as one batch.
-            sampling_params: how tokens are drawn; the defaults of SamplingParams if None.
+            num_samples: how many continuations to draw, as one batch.
+            sampling_params: how to draw tokens; the defaults of SamplingParams if None.
             include_prompt_logprobs: also return the logprob of each prompt token.
-            topk_prompt_logprobs, topk_sample_logprobs: also return the likeliest tokens at each
-                prompt, or sampled, position.
-            target_prompt_logprobs: int64 token ids ``(n - 1, k)``, dense or CSR, to get logprobs
-                of; row r belongs to prompt token r + 1, and -1 skips a cell.
-            prompt_alt_tokens_k: alternative draws per prompt position.
-            prompt_logprobs_last_n: logprobs of the last 1 .. n - 1 prompt tokens only; needs
-                *include_prompt_logprobs*.
+            topk_prompt_logprobs, topk_sample_logprobs: also return this many of the likeliest
+                tokens at each prompt position, or at each sampled one.
+            target_prompt_logprobs: also return the logprobs of these token ids: int64, shape
+                ``(n - 1, k)``, dense or CSR.  Row r belongs to prompt token r + 1; -1 skips a cell.
+            prompt_alt_tokens_k: how many alternative tokens to draw per prompt position.
+            prompt_logprobs_last_n: how many of the last prompt tokens to return logprobs for, 1 to
+                n - 1; needs *include_prompt_logprobs*.
 
         The future raises RequestFailedError if the server rejects the request, UnsupportedError if
         the server is too old for an option and ignored it, and ResponseDecodeError if the result
-        does not hold *num_samples* sequences, or lacks the prompt logprobs.
+        does not have *num_samples* sequences, or lacks the prompt logprobs.
         """
         request = types.SampleRequest(
             prompt=prompt,
@@ -201,31 +202,31 @@ class SamplingClient(BaseClient):
         progress: Progress = False,
         **options: Any,
     ) -> SampleStream:
-        """Sample every prompt, many at a time; return an iterator of `Sampled`.
+        """Sample from every prompt, many at a time; return an iterator of `Sampled`.
 
-        Nothing is submitted before the first result is asked for.  *prompts* is read in the thread
-        that iterates, as results are taken, so memory does not grow with its length.  Closing the
-        iterator, leaving a ``with`` block over it, Ctrl-C, and dropping the last reference to it
-        cancel what is in flight.  Threads may share the iterator.
+        Nothing is submitted until the first result is requested.  The iterating thread reads
+        *prompts* as it takes results, so memory does not grow with their number.  Requests in
+        flight are cancelled when the iterator is closed, when a ``with`` block over it is left, on
+        Ctrl-C, and when the last reference to the iterator is dropped.  Threads may share it.
 
         Args:
             prompts: any iterable, of any length.
-            sampling_params, num_samples: as for `sample`, of every prompt.
-            max_in_flight: how many prompts may be submitted and not returned yet; with
-                ``order="input"`` up to four times as many may be held, waiting for an earlier one.
-                None is the session's ``max_concurrent_samples``.
+            sampling_params, num_samples: as for `sample`, for every prompt.
+            max_in_flight: how many prompts may be in flight at a time; with ``order="input"``, up
+                to four times as many may be submitted or finished ahead of the next result.  None
+                is the session's ``max_concurrent_samples``.
             order: ``"completion"`` returns results as they arrive, ``"input"`` in the order of
                 *prompts*.
-            on_error: what a failed prompt does.  ``"raise"`` raises its error immediately and ends
-                the iteration; ``"yield"`` returns a `Sampled` with the error; ``"skip"`` leaves it
-                out, with one warning at the end.  A closed client always raises; a used-up budget
-                raises once everything submitted before was returned.
-            progress: True shows a bar on stderr if that is a terminal; a function is called as
-                ``progress(done, failed, total)`` after each prompt, *total* None if unknown.
+            on_error: what happens if a prompt fails: ``"raise"`` raises its error immediately and
+                ends the iteration; ``"yield"`` returns a `Sampled` with the error; ``"skip"`` omits
+                the prompt, and logs one warning at the end.  A closed client always raises; an
+                exhausted budget raises once the results of all submitted prompts were returned.
+            progress: True shows a progress bar if stderr is a terminal; a function is called as
+                ``progress(done, failed, total)`` after each prompt, with None for an unknown total.
             options: further arguments of `sample`.
 
         Raises:
-            InvalidInputError: an argument is wrong; for a bad prompt, *on_error* decides.
+            InvalidInputError: an argument is invalid; for a bad prompt, *on_error* decides.
         """
         from tinkex.clients.sample_stream import SampleStream
 
@@ -235,7 +236,8 @@ class SamplingClient(BaseClient):
             max_in_flight = config.max_concurrent_samples
         max_in_flight = as_int("max_in_flight", max_in_flight, 1, text=False)
         if config.max_unread is not None:
-            # Beyond it, submitting blocks until a future is read, which only this thread would do.
+            # Beyond max_unread, submitting blocks until a future is read, and only this thread
+            # reads these futures.
             max_in_flight = min(max_in_flight, config.max_unread)
 
         def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:
@@ -256,8 +258,9 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[List[Optional[float]]]:
         """Compute the logprob of each token of *prompt*; return immediately.
 
-        The result has one entry per token; the first, which nothing predicts, is None, and so are
-        those before the last *prompt_logprobs_last_n* tokens.
+        The result has one entry per token; the first is None, because nothing predicts that token.
+        With *prompt_logprobs_last_n* = k, only the last k entries are logprobs; the others are
+        None.
         """
         request = types.SampleRequest(
             prompt=prompt,
@@ -269,21 +272,24 @@ class SamplingClient(BaseClient):
         return self._submit("compute_logprobs", request, PendingLogprobs)
 
     def get_base_model(self) -> str:
-        """Name of the base model.  Blocks if it has to be requested; then cached."""
+        """Return the name of the base model.  May block the first time; then cached."""
         if self._base_model is None:
             sampler = self._get_sampler("get_base_model")
             self._base_model = self._ask_base_model() if sampler is None else sampler.base_model
         return self._base_model
 
     def get_tokenizer(self) -> Any:
-        """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
+        """Return the base model's Hugging Face tokenizer (needs transformers).  May block."""
         sampler = self._get_sampler("get_tokenizer")
         if sampler is None:
             return load_tokenizer(self._base_model or self._ask_base_model())
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
     def _get_sampler(self, what: str) -> Optional[GetSamplerResponse]:
-        """What the server reports about the sampler; None if it cannot, and that is dispensable."""
+        """Return what the server reports about the sampler.
+
+        None if it does not support that, and the base model can be found in another way.
+        """
         self._ensure_open(what)
         try:
             return api.get_sampler(self._runtime.transport, self.sampling_session_id)
@@ -297,12 +303,12 @@ class SamplingClient(BaseClient):
         return get_weights_info(self._runtime.transport, self._model_path or "").base_model
 
     def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
-        """Text from which another process can make a client of the same sampler.
+        """Return a text from which another process can create a client of the same sampler.
 
-        It is valid while the session lives.  It holds no retry_config, and no key unless
-        *include_api_key*; the receiver then uses its own key if this is its own server, too (see
-        `from_sampler_handle`).  Pickling a client does the same, except that the receiver of a
-        pickle always uses its own key.
+        The handle is valid while the session lives.  It contains no retry_config, and no key unless
+        *include_api_key*; without a key, the receiver uses its own, provided that it is configured
+        for the same server (see `from_sampler_handle`).  Pickling a client has the same effect,
+        except that the process that unpickles it always uses its own key.
         """
         facts = SamplerHandle(
             self._runtime.session.session_id,
@@ -315,20 +321,20 @@ class SamplingClient(BaseClient):
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: Optional[str] = None) -> SamplingClient:
-        """Make a client from what `get_sampler_handle` returned.  Sends nothing.
+        """Create a client from the result of `get_sampler_handle`.  Sends nothing.
 
-        The session is kept alive from this process too, and not ended with it.
+        This process then also keeps the session alive, but does not end it.
 
         Args:
-            handle: names the server.  A forged one can make this process send prompts to another
-                server, but not its key.
-            api_key: of that server.  By default the one in the handle, if there is one; else this
-                process's own, but only if the server is this process's too: the one that
-                ``TINKER_BASE_URL`` names, or else the hosted service.
+            handle: the text, which names the server.  A forged handle can make this process send
+                prompts to another server, but not its key.
+            api_key: the key for that server.  By default the key in the handle, if any; otherwise
+                this process's own key, but only if this process is configured for the same server:
+                the one that ``TINKER_BASE_URL`` names, or else the hosted service.
 
         Raises:
-            InvalidInputError: *handle* is not one.
-            ConfigError: a setting in it is out of its range.
+            InvalidInputError: *handle* is not a handle.
+            ConfigError: a setting in the handle is out of range.
         """
         return cls._from_handle(handle, api_key)
 
@@ -382,7 +388,7 @@ class SamplingClient(BaseClient):
         return future
 
     def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
-        """Set aside, of the budget, the most that *request* may use."""
+        """Reserve tokens of the budget: the most that *request* may use."""
         ledger = self._runtime.ledger
         most_each = request.sampling_params.max_tokens
         if most_each is None and ledger.budget is not None:
@@ -399,12 +405,13 @@ class SamplingClient(BaseClient):
             account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
 
-    # The official SDK's names for programs with an event loop of their own.
+    # Awaitable variants, under the official SDK's names.
     sample_async = result_of(sample)
     compute_logprobs_async = result_of(compute_logprobs)
     get_base_model_async = in_thread(get_base_model)
 
 
 def _unpickle(handle: str) -> SamplingClient:
-    # A pickle that is loaded can run any code: its server is trusted with this process's own key.
+    # Loading a pickle can already run any code, so withholding this process's key from the server
+    # that it names would protect nothing.
     return SamplingClient._from_handle(handle, trusted=True)

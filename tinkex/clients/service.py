@@ -1,4 +1,4 @@
-"""ServiceClient: one session on the server, and where every program starts."""
+"""ServiceClient: one session on the server, and the starting point of every program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tinkex.retry import RetryConfig
 from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
-# What a program may never need is imported where it is used.
+# Modules that many programs never need are imported where they are used.
 if TYPE_CHECKING:
     from tinkex._sessions.telemetry import Reporter
     from tinkex._training.create_run import FromCheckpoint, NewAdapter
@@ -40,28 +40,29 @@ UserMetadata = Optional[Mapping[str, str]]
 
 
 class ServiceClient:
-    """A session on a Tinker server, and the clients made from it.  Thread-safe.
+    """A session on a Tinker server; creates the other clients.  Thread-safe.
 
-    Constructing it blocks until the server has created the session; from then on a heartbeat
-    thread keeps it alive.  Use it as a context manager, or close it::
+    The constructor blocks until the server has created the session; a heartbeat thread then keeps
+    the session alive.  Use the client as a context manager, or close it::
 
         with ServiceClient(base_url="http://localhost:8080") as service:
             trainer = service.create_lora_training_client("smollm2-135m", rank=8)
 
     Args:
-        user_metadata: kept with the session.
-        project_id: the project the session belongs to.
-        display_name: shown for the session.
-        base_url, api_key: the server; else ``TINKER_BASE_URL`` and ``TINKER_API_KEY``.
+        user_metadata: strings to keep with the session, by name.
+        project_id: the project that the session belongs to.
+        display_name: a name for the session, shown to users.
+        base_url, api_key: the server's address and your key; by default ``TINKER_BASE_URL`` and
+            ``TINKER_API_KEY``.
         default_headers_overrides: headers to send with every request.
         config: all settings at once, instead of the keywords.
-        manager: what keeps the session alive; by default one for all clients of the process.
+        manager: keeps the session alive; by default one manager for all clients of the process.
         settings: any other setting of `Config`.
 
     Raises:
-        ConfigError: a setting is wrong.
-        APIError: the server cannot be reached (reported within 20 s) or refused; nothing is left
-            behind.
+        ConfigError: a setting is invalid.
+        APIError: the server cannot be reached (reported within 20 s), or refuses the session; no
+            threads or connections are left behind.
     """
 
     def __init__(
@@ -101,29 +102,30 @@ class ServiceClient:
     ) -> ServiceClient:
         """Start the embedded server in this process and return a client of it.
 
-        Real HTTP on an ephemeral port.  The server stops, and frees the model and *data_dir*, when
-        the client is closed, or when it and all clients made from it are garbage, as after a
-        notebook cell was run again.  Blocks until the model is loaded, which may first download it.
-        Needs ``pip install "tinkex[local]"``.
+        The server speaks real HTTP on an ephemeral port.  It stops, and frees the model and
+        *data_dir*, when the client is closed, or when the client and all clients created from it
+        have been garbage-collected, e.g. after a notebook cell was run again.  Blocks until the
+        model is loaded, which may download it first.  Needs ``pip install "tinkex[local]"``.
 
         Args:
             model: ``"smollm2-135m"``, ``"tiny-random"``, ``"deterministic"`` (no ML library
                 needed), a Hugging Face name, or a folder.
-            data_dir: where runs and checkpoints are kept; None is a folder removed at close.
+            data_dir: the folder for runs and checkpoints; None is a temporary folder that is
+                removed when the server stops.
             device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-            progress: gets one line of text before each slow step, such as a download; by default
-                they are written to stderr.
-            settings: of the client, as for the constructor.
+            progress: called with one line of text before each slow step, such as a download; by
+                default the lines are written to stderr.
+            settings: settings of the client, as for the constructor.
 
         Raises:
             LocalServerError: the model cannot be loaded, a package is not installed, or *data_dir*
                 is in use, by this process or another.
         """
-        # An upward import, as in open_run: the embedded server is offered here as a convenience.
+        # An upward import, as in open_run: this method is a convenience.
         from tinkex.local import LocalServer, load_engine
         from tinkex.local.server import check_folder
 
-        check_folder(data_dir)  # before the model is loaded, which takes long
+        check_folder(data_dir)  # first, because loading the model takes long
         engine = load_engine(model, device, progress=progress or _write_to_stderr)
         server = LocalServer(engine, data_dir=data_dir)
         try:
@@ -134,13 +136,14 @@ class ServiceClient:
             server.close()
             raise
         client._server = server
-        # What starts the same server again, for the journals of runs.
+        # Run journals record these arguments, to start the same server again.
         client._local = {
             "model": os.path.abspath(model) if os.path.isdir(model) else model,
             "data_dir": None if data_dir is None else str(server.data_dir.absolute()),
         }
-        # Of the runtime rather than of this client: the clients made from it refer to the runtime,
-        # and go on using the server.  Not at exit, where lifecycle.py closes client and server.
+        # Tied to the runtime rather than to this client: clients created from it refer to the
+        # runtime and may still use the server.  Not run at exit, where lifecycle.py closes client
+        # and server.
         client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False
         return client
@@ -156,7 +159,7 @@ class ServiceClient:
 
     @property
     def holder(self) -> ServiceClient:
-        """This client itself, which holds the session; the official SDK has an object for that."""
+        """This client itself; in the official SDK a separate object holds the session."""
         return self
 
     @property
@@ -166,19 +169,19 @@ class ServiceClient:
 
     @property
     def server_dialect(self) -> ServerDialect:
-        """What is known of how the server speaks: a snapshot, which can be printed."""
+        """A printable snapshot of what is known about the server's protocol variant."""
         return server_dialect(self._runtime.transport)
 
     def inflight(self) -> List[APIFuture[Any]]:
-        """The futures of this client that are not settled yet; see their ``status()``."""
+        """Return this client's unsettled futures; each describes its state with ``status()``."""
         self._runtime.ensure_not_forked("inflight")
         return self._runtime.poller.inflight()
 
     def metrics(self) -> Metrics:
-        """What this client does and has done: counters and latencies.  Does not block."""
+        """Return counters and latencies of this client's work so far.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
         counts, latencies = self._runtime.recorder.snapshot()
-        # One in parts stands for other futures, which are counted themselves.
+        # A future in parts stands for other futures, which are counted themselves.
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens
@@ -193,21 +196,22 @@ class ServiceClient:
         )
 
     def usage(self) -> Usage:
-        """The tokens that this client has used, by client, tag and model.  Does not block.
+        """Return the tokens used so far, by client, tag and model.  Does not block.
 
-        The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a
-        custom loss that is computed here prefills and trains.  Work that is cancelled after its
-        submission began counts in full, and so does lost work, which may have been done.
+        The tag is the ``usage_tag`` of the client that used the tokens.  A forward pass counts as
+        prefill; a custom loss computed here counts as prefill and training.  Work cancelled after
+        its submission began counts in full, and so does lost work, because the server may have
+        done it.
         """
         self._runtime.ensure_not_forked("usage")
         return self._runtime.ledger.snapshot()
 
     def get_telemetry(self) -> Optional[Reporter]:
-        """What reports on the session, or None if telemetry is off (the default)."""
+        """Return the reporter of this session, or None if telemetry is off (the default)."""
         return self._runtime.telemetry
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """The base models the server offers.  Blocks."""
+        """Return the base models that the server offers.  Blocks."""
         return self.create_rest_client().get_server_capabilities().result()
 
     def create_lora_training_client(
@@ -224,16 +228,16 @@ class ServiceClient:
         """Create a fresh LoRA adapter over *base_model* and return its client.  Blocks.
 
         Args:
-            base_model: a name the server offers; see `get_server_capabilities`.
-            rank: of the adapter, at least 1.
-            seed: of its initial values.
-            train_mlp, train_attn, train_unembed: which layers; at least one.  To merge an adapter
-                with ``train_unembed`` into a model whose output layer is tied to its embedding
-                (``tie_word_embeddings``: SmolLM2, small Qwen3 and Llama 3.2, Gemma), use
+            base_model: a name that the server offers; see `get_server_capabilities`.
+            rank: the adapter's rank, at least 1.
+            seed: the seed of the adapter's initial values.
+            train_mlp, train_attn, train_unembed: which layers to train; at least one.  To merge an
+                adapter with ``train_unembed`` into a model whose output layer is tied to its
+                embedding (``tie_word_embeddings``: SmolLM2, small Qwen3 and Llama 3.2, Gemma), use
                 `tinkex.local.merge_adapter`; PEFT alone would change the embedding, too.
-            user_metadata: kept with the run.
-            optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or a mapping
-                or object with a ``type`` for one that only the server knows.
+            user_metadata: strings to keep with the run, by name.
+            optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or, for an
+                optimizer that only the server knows, a mapping or object with a ``type``.
         """
         return self.create_lora_training_client_future(
             base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
@@ -250,7 +254,7 @@ class ServiceClient:
         user_metadata: UserMetadata = None,
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_lora_training_client`; does not block."""
+        """Like `create_lora_training_client`, without blocking."""
         from tinkex._training.create_run import NewAdapter
 
         lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
@@ -280,7 +284,7 @@ class ServiceClient:
         weights_access_token: Optional[str] = None,
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_training_client_from_state`; does not block."""
+        """Like `create_training_client_from_state`, without blocking."""
         from tinkex._training.create_run import FromCheckpoint
 
         return self._create_run(
@@ -294,7 +298,7 @@ class ServiceClient:
         user_metadata: UserMetadata = None,
         weights_access_token: Optional[str] = None,
     ) -> TrainingClient:
-        """Create a run that continues the one saved at *path*, optimizer and all.  Blocks."""
+        """Create a run from the weights and optimizer state at *path*.  Blocks."""
         return self.create_training_client_from_state_with_optimizer_future(
             path, base_model, user_metadata, weights_access_token
         ).result()
@@ -306,7 +310,7 @@ class ServiceClient:
         user_metadata: UserMetadata = None,
         weights_access_token: Optional[str] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_training_client_from_state_with_optimizer`; does not block."""
+        """Like `create_training_client_from_state_with_optimizer`, without blocking."""
         from tinkex._training.create_run import FromCheckpoint
 
         return self._create_run(
@@ -342,10 +346,10 @@ class ServiceClient:
         exit_on_sigterm: bool = False,
         accept_changes: bool = False,
     ) -> Run:
-        """Begin a training run that is kept in *folder*, or continue the one that is.  Blocks.
+        """Begin a training run kept in *folder*, or continue the run already there.  Blocks.
 
-        The same program, run again after any interruption, continues from the last checkpoint,
-        weights, optimizer and all, with the batch after it::
+        Run the same program again after any interruption: it restores weights and optimizer state
+        from the last checkpoint, and continues with the batch after it::
 
             with service.open_run("runs/poems", "my-model", save_every=50) as run:
                 for step in run.steps(batches):
@@ -355,33 +359,34 @@ class ServiceClient:
         The folder holds the journal, ``journal.jsonl``; checkpoints are on the server.
 
         Args:
-            folder: made if it is missing; used by one process at a time.
+            folder: created if it does not exist; used by one process at a time.
             base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer:
-                as for `create_lora_training_client`.  Without a *seed* one is chosen and kept.
-            start_from: begin with the weights of this checkpoint and a fresh optimizer; its own
-                rank and layers are used.
-            config: settings of your own, of JSON values, such as the learning rate.
-            state: what `Run.state` holds at first.
-            save_every, save_minutes: save after this many steps, or minutes, since the last time,
-                checked after each step; None disables it.  The last step is saved when the run is
-                closed.
-            ttl_seconds: how long the server keeps these checkpoints, except for the one of the last
-                step; None is for ever.
-            keep: how many of the newest are kept on the server; older ones are deleted.  None keeps
-                all.
-            on_session_loss: ``"raise"``, or ``"resume"`` to continue from the last checkpoint in a
-                new session when the session is lost; the loop's body must be within ``with step:``.
-            max_session_losses: how many sessions are opened without a new checkpoint between them;
-                then SessionLostError is raised nevertheless.
-            exit_on_sigterm: at SIGTERM finish the step, save, and exit with code 143; at the next
-                one exit immediately.  In the main thread only.
-            accept_changes: continue although *config* has changed.
+                as for `create_lora_training_client`.  Without a *seed*, one is chosen and recorded.
+            start_from: begin with the weights of this checkpoint and a fresh optimizer; the
+                checkpoint determines rank and layers.
+            config: your own settings, such as the learning rate, as JSON values.
+            state: the initial contents of `Run.state`.
+            save_every, save_minutes: save when this many steps, or minutes, have passed since the
+                last checkpoint; checked after each step.  None disables the check.  The last step
+                is saved when the run is closed.
+            ttl_seconds: how long the server keeps the checkpoints, except for the one made when the
+                run is closed; None means for ever.
+            keep: how many of the newest checkpoints stay on the server; older ones are deleted.
+                None keeps all.
+            on_session_loss: what to do when the session is lost: ``"raise"``, or ``"resume"`` to
+                continue from the last checkpoint in a new session, for which the loop's body must
+                be inside ``with step:``.
+            max_session_losses: with ``"resume"``, how many new sessions to open without a new
+                checkpoint in between before SessionLostError is raised.
+            exit_on_sigterm: on SIGTERM, finish the step, save, and exit with code 143; on a second
+                SIGTERM, exit immediately.  Works in the main thread only.
+            accept_changes: continue even if *config* has changed.
 
         Raises:
-            RunFolderError: the folder is in use, holds a run of another model, of another origin or
-                with another *config*, is damaged or not writable; or the server no longer has any
-                of its checkpoints.
-            InvalidInputError: an argument is wrong.
+            RunFolderError: the folder is in use, damaged or not writable, or holds a run with
+                another model, origin or *config*; or the server no longer has any of the run's
+                checkpoints.
+            InvalidInputError: an argument is invalid.
             TinkexError: the run could not be created or loaded.
         """
         from tinkex.runs.run import Run
@@ -409,14 +414,15 @@ class ServiceClient:
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples a checkpoint or a base model.  Blocks.
+        """Return a client that samples from a checkpoint or a base model.  Blocks.
 
         Args:
-            model_path: of a checkpoint saved for sampling, as the server named it.
-            base_model: a name the server offers.  With *model_path*, the checkpoint is sampled.
-            retry_config: limits and retries of this one client.
-            record_stability_info: have the server record, with each sample, what later training
-                may refer to by its sequence_id.
+            model_path: the path of a checkpoint saved for sampling, as the server returned it.
+            base_model: a name that the server offers.  If *model_path* is also given, the client
+                samples from the checkpoint.
+            retry_config: limits and retries of this client alone.
+            record_stability_info: have the server keep data about each sample, to which later
+                training can refer by the sample's sequence_id.
         """
         return self.create_sampling_client_future(
             model_path, base_model, retry_config, record_stability_info
@@ -429,7 +435,7 @@ class ServiceClient:
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """Like `create_sampling_client`; does not block."""
+        """Like `create_sampling_client`, without blocking."""
         return SamplingClient.create_future(
             self._runtime,
             model_path=model_path,
@@ -439,19 +445,21 @@ class ServiceClient:
         )
 
     def create_custom_loss(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> LossHandle:
-        """Trace a loss, for `TrainingClient.forward_backward_custom`.  Blocks.  Needs torch.
+        """Trace a loss for `TrainingClient.forward_backward_custom`.  Blocks.  Needs torch.
 
-        A server that takes such losses then computes it itself, in one pass; otherwise it is
-        computed here.
+        If the server supports traced losses, it computes the loss itself, in one pass; otherwise
+        the loss is computed here.
 
         Args:
-            fn: ``fn(logprobs, ...)`` of one datum -> a scalar tensor and a dict of metrics named
-                ``custom/<name>:sum`` or ``:mean``.  The further parameters, 15 at most, are loss
-                inputs of the datum.  It uses functions of torch, math and operator only.
-            input_ranks: number of dimensions of every parameter, 0, 1 or 2.
+            fn: called as ``fn(logprobs, ...)`` for one datum; returns a scalar tensor and a dict of
+                metrics named ``custom/<name>:sum`` or ``:mean``.  The other parameters, at most 15,
+                are loss inputs of the datum.  It may call only functions of torch, math and
+                operator.
+            input_ranks: the number of dimensions of every parameter: 0, 1 or 2.
 
         Raises:
-            InvalidInputError: *fn* cannot be traced, or was created in this session before.
+            InvalidInputError: *fn* cannot be traced, or the same loss was already created in this
+                session.
             ConfigError: torch is not installed.
         """
         from tinkex._training.loss_tracing import LossRegistry
@@ -470,11 +478,11 @@ class ServiceClient:
         """Copy a checkpoint into this client's project; the result is the path of the copy.
 
         Args:
-            path: of the checkpoint.
-            ttl_seconds: the copy is deleted after this long; None keeps it.
+            path: the path of the checkpoint.
+            ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 
-        The future raises RouteMissingError where the server has no such route.
+        The future raises RouteMissingError if the server has no such route.
         """
         project_id = self.config.project_id or None
         return self.create_rest_client()._copy_weights(
@@ -482,7 +490,7 @@ class ServiceClient:
         )
 
     def get_console_url(self) -> str:
-        """The session's page in the hosted service's console."""
+        """Return the URL of the session's page in the hosted service's console."""
         return session_url(self.session_id)
 
     def create_rest_client(self) -> RestClient:
@@ -497,12 +505,12 @@ class ServiceClient:
     ) -> Future[None]:
         """End the session, and the embedded server if there is one.
 
-        Outstanding futures fail with ClientClosedError.  Blocks for at most about *timeout_s*;
-        idempotent and thread-safe.
+        Outstanding futures fail with ClientClosedError.  Blocks for at most about *timeout_s*
+        seconds; idempotent and thread-safe.
 
         Args:
-            status: reported to the server: ``"success"``, ``"errored"`` or ``"interrupted"``.
-            detail: why, as text.
+            status: the outcome to report: ``"success"``, ``"errored"`` or ``"interrupted"``.
+            detail: the reason, as text.
 
         Returns:
             A completed future (scripts for the official SDK call ``.result()`` on it).
@@ -517,7 +525,7 @@ class ServiceClient:
         finally:  # also after Ctrl-C
             server, self._server = self._server, None
             if server is not None:
-                self._server_dropper.detach()  # it refers to the server, and so to the model
+                self._server_dropper.detach()  # it would keep the server, and so the model, alive
                 server.close()
         done: Future[None] = Future()
         done.set_result(None)
@@ -539,7 +547,7 @@ class ServiceClient:
         state = "closed" if self._runtime.closed else "open"
         return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
 
-    # The official SDK's names for programs with an event loop of their own.
+    # Awaitable variants, under the official SDK's names.
     create_lora_training_client_async = result_of(create_lora_training_client_future)
     create_training_client_from_state_async = result_of(create_training_client_from_state_future)
     create_training_client_from_state_with_optimizer_async = result_of(
@@ -550,6 +558,6 @@ class ServiceClient:
 
 
 def _write_to_stderr(line: str) -> None:
-    if sys.stderr is not None:  # as in a program without a console
+    if sys.stderr is not None:  # it is None in a program without a console
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Tokenizers by the name that a server gives (docs/protocol.md, "Run information")."""
+"""Loads tokenizers by the name that a server reports (docs/protocol.md, "Run information")."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional
 from tinkex._runtime import lifecycle
 from tinkex.errors import ConfigError, TinkexError
 
-#: Base models whose own tokenizer repository is gated, and the open copy to use instead.
+#: Prefix of base models whose own repository is gated, and an open copy of their tokenizer.
 _LLAMA3 = "meta-llama/Llama-3"
 _LLAMA3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 
@@ -21,9 +21,9 @@ _cache: Dict[str, Any] = {}
 
 
 def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
-    """The name to load: the server's *tokenizer_id*, or else one derived from *base_model*."""
+    """Return the name to load: the server's *tokenizer_id*, or one derived from *base_model*."""
     found = tokenizer_id or base_model
-    if os.path.isdir(found):  # whose path may hold a colon, and slashes
+    if os.path.isdir(found):  # first, because a path may contain colons and slashes
         return found
     name = found.split(":", 1)[0]
     if tokenizer_id:
@@ -35,7 +35,7 @@ def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
 
 
 def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
-    """Return a new copy of a Hugging Face tokenizer.  Blocks; the first load may download.
+    """Return a new copy of a Hugging Face tokenizer.  Blocks; the first call may download it.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -48,12 +48,12 @@ def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
         loaded = _load(name)
         with lifecycle.module_lock():
             _cache[name] = loaded
-    # Tokenizers are not thread-safe, so that callers must not share one.
+    # Tokenizers are not thread-safe, so callers must not share one.
     return copy.deepcopy(loaded)
 
 
 def _load(name: str) -> Any:
-    if name == WITHOUT_TOKENIZER:  # else it is looked up in the hub, which takes a minute offline
+    if name == WITHOUT_TOKENIZER:  # the hub would be asked for it, which takes a minute offline
         raise TinkexError(
             f"the model {name!r} has no tokenizer: it is for tests, and its token t is chr(t)",
             hint="Pass token ids; or use 'tiny-random', which has one.",
@@ -66,8 +66,16 @@ def _load(name: str) -> Any:
             hint='python -m pip install "tinkex[tokenizers]"',
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # Passed explicitly: otherwise transformers may ask on the terminal whether to run code that
+        # comes with the tokenizer, and an unattended program would wait there.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise TinkexError(
+                f"the tokenizer {name!r} needs code from its own repository, which is not run",
+                hint="If you trust that code, load the tokenizer yourself: transformers."
+                f"AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)",
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TinkexError(
             f"the tokenizer {name!r} cannot be loaded: {reason}",

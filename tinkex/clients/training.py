@@ -1,7 +1,7 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
-Methods check their arguments and queue requests with a `TrainingRun`, whose queue has the thread
-that sends them.
+Methods check their arguments and pass requests to a `TrainingRun`, whose queue owns the thread that
+sends them.
 """
 
 from __future__ import annotations
@@ -93,13 +93,14 @@ class TrainStep:
 class TrainingClient(BaseClient):
     """Trains one adapter.  Thread-safe: calls run on the server in call order.
 
-    Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
-    and ClientClosedError once the ServiceClient is closed.  Futures raise RequestFailedError when
-    the server could not do the work, APIError when it could not be submitted.
+    Created by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is
+    sent, and ClientClosedError once the ServiceClient is closed.  Futures raise RequestFailedError
+    if the server could not do the work, and APIError if the work could not be submitted.
 
     Attributes:
         model_id: the server's id of the run.
-        usage_tag: `ServiceClient.usage` counts what this client uses from then on under this tag.
+        usage_tag: `ServiceClient.usage` counts this client's tokens under this tag from the moment
+            it is set.
     """
 
     usage_tag: Optional[str] = None
@@ -129,7 +130,7 @@ class TrainingClient(BaseClient):
             run = create_run()
             client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
             try:
-                client.get_info()  # cached: this is a background thread, and may block
+                client.get_info()  # fills the cache here, in a background thread that may block
             except BaseException:
                 client.close()
                 raise
@@ -148,23 +149,24 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[ForwardBackwardOutput]:
         """Queue one forward and backward pass over *data*; return immediately.
 
-        The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
-        back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
-        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests,
-        and their results joined; a later `optim_step` is sent when all of these are done, and
-        cancelling the future stops none of them once the first was sent.
+        Gradients accumulate until the next `optim_step`.  Outputs come back in input order:
+        ``loss_fn_outputs[i]["logprobs"]`` is float32, with the shape of ``data[i]``'s
+        target_tokens.  A batch over 1024 datums or 5 MB is sent in several requests, whose results
+        are joined.  A later `optim_step` is sent only when all of these requests are done, and
+        cancelling the future stops none of them once the first has been sent.
 
         Args:
             data: at least one Datum, each with the loss inputs that *loss_fn* needs.
             loss_fn: ``"cross_entropy"``, ``"importance_sampling"``, ``"ppo"``, ``"cispo"``,
-                ``"dro"``, or another loss that the server has.
-            loss_fn_config: the loss's own settings.
+                ``"dro"``, or any other loss that the server offers.
+            loss_fn_config: settings of the loss.
 
-        The future raises IncompleteGradientError if only some of several requests were done, or may
-        have been.  The run then takes no `optim_step` and no other batch until the same call again
-        has completed the gradient, where that is possible (it sends only what is missing, and
-        examples that were refused may be replaced), or `load_state` or `load_state_with_optimizer`
-        has dropped it.  `save_state` still saves the weights as they were.
+        The future raises IncompleteGradientError if only some of several requests were executed, or
+        may have been.  The run then refuses `optim_step` and any other batch until the gradient is
+        complete or has been dropped.  To complete it, if possible, make the same call again: only
+        the missing requests are sent, and refused examples may be replaced.  To drop it, call
+        `load_state` or `load_state_with_optimizer`.  `save_state` still works, and saves the
+        unchanged weights.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -175,24 +177,24 @@ class TrainingClient(BaseClient):
         *,
         loss_type_input: Optional[str] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Train on a loss of your own, computed here with torch; return immediately.
+        """Queue a pass with your own loss, computed here with torch; return immediately.
 
-        ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
-        target_tokens, and returns a scalar tensor and a dict of metrics, which are added to those
-        of the result: numbers as float, other values unchanged.  It runs on the queue's thread, and
-        calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
+        ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, with the shape of its
+        target_tokens, and returns a scalar tensor and a dict of metrics.  These are added to the
+        result's metrics: numbers as float, other values unchanged.  *loss_fn* runs on the run's
+        queue thread, so later calls wait for it.  The result's ``loss:sum`` is your loss.
 
-        A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
-        one pass like any other.
+        If *loss_fn* comes from `ServiceClient.create_custom_loss` and the server has accepted it,
+        the server computes it, in a single pass, like any other loss.
 
         Args:
-            data: each with ``target_tokens``, and whatever the loss reads.
-            loss_fn: the function, or what `ServiceClient.create_custom_loss` returned.
+            data: at least one Datum, each with ``target_tokens`` and whatever the loss reads.
+            loss_fn: the function, or the handle that `ServiceClient.create_custom_loss` returned.
             loss_type_input: has no effect; deprecated.
 
-        The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError as for `forward_backward`, but the same call again does not complete
-        the gradient.
+        If *loss_fn* raises, the future raises the same error, and nothing was added to the
+        gradient.  The future raises IncompleteGradientError as in `forward_backward`, except that
+        making the same call again does not complete the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(
@@ -219,7 +221,7 @@ class TrainingClient(BaseClient):
         check_custom_batch(batch, loss_fn)
         self._mistakes.check_targets(batch)
         length = _length(batch)
-        # The forward pass for the logprobs, and the backward pass.
+        # A forward pass for the logprobs, then a backward pass.
         most = Tokens(length, prefilled=length)
         return self._queue(kind, most, run_custom_pass, self._run, batch, loss_fn, breaks)
 
@@ -232,9 +234,9 @@ class TrainingClient(BaseClient):
         """Queue one optimizer step with the accumulated gradient; return immediately.
 
         Args:
-            optim_params: of the run's own optimizer: `AdamParams`, `DimuonParams`, or a mapping
-                or object with a ``type`` for one that only the server knows.
-            adam_params: the older name for it.
+            optim_params: parameters of the run's optimizer: `AdamParams`, `DimuonParams`, or, if
+                only the server knows that optimizer, a mapping or object with a ``type``.
+            adam_params: the older name of *optim_params*.
         """
         if (optim_params is None) == (adam_params is None):
             raise InvalidInputError("give optim_step one set of parameters, such as AdamParams()")
@@ -243,7 +245,7 @@ class TrainingClient(BaseClient):
     def _optim_step(
         self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
     ) -> APIFuture[OptimStepResponse]:
-        """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
+        """Queue one optimizer step; cancelled if *after*, the pass before it, has failed."""
         fields = optim_params_to_wire(optim_params)
         return self._submit("optim_step", OptimStep, fields, after=after)
 
@@ -256,9 +258,9 @@ class TrainingClient(BaseClient):
     ) -> TrainStep:
         """Submit `forward_backward` and `optim_step` together, and wait for both.
 
-        One round trip instead of two.  Blocks; raises the first failure.  If the pass cannot be
-        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; the
-        server still does what was sent.
+        Takes one round trip instead of two.  Blocks; raises the first failure.  If the pass cannot
+        be submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither has been sent;
+        otherwise the server still executes what was sent.
         """
         step = self._submit_step(adam_params, self.forward_backward, data, loss_fn, loss_fn_config)
         try:
@@ -279,49 +281,51 @@ class TrainingClient(BaseClient):
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
     ) -> Pipeline:
-        """Train on one batch after the other; return an iterator of `PipelineStep`.
+        """Train on *batches*, one after the other; return an iterator of `PipelineStep`.
 
-        Before one step is waited for, the *depth* - 1 after it are submitted, so that the server
-        never waits for the client; while you handle a step, those are in progress::
+        Before it waits for a step, the pipeline submits the next *depth* - 1 steps, so the server
+        never waits for the client: those steps are in progress while you handle this one::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
                 print(step.index, step.metrics)
 
-        A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error names the step.
-        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.
-        Leaving a ``with`` block over it does the same; a loop that is left otherwise may leave up
-        to *depth* - 1 steps queued.
+        A failure or Ctrl-C ends the pipeline.  Unsent steps are cancelled, and the error of a
+        failed step names it.  Steps already sent are not undone: the log names them, and
+        ``drain()`` waits for them.  Leaving a ``with`` block over the pipeline also cancels the
+        unsent steps and logs the others; leaving a loop without such a block may leave up to
+        *depth* - 1 steps queued.
 
-        A checkpoint that the loop's body saves holds all steps that were submitted, also those
-        after the one it handles.  With *save_every* the pipeline saves: each checkpoint is queued
-        directly behind its step, which it holds and none after it, and the steps after it do not
-        wait::
+        A checkpoint saved by the loop's body holds every step submitted so far, including those
+        after the step being handled.  With *save_every* the pipeline itself saves: it queues the
+        checkpoint directly behind its step, so that the checkpoint holds no later step, and later
+        steps do not wait for it::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_every=100):
                 if step.index % 100 == 99:
                     print(step.save_state().result().path)
 
-        To do something else with the weights of exactly one step, such as
-        `save_weights_and_get_sampling_client`, name the step in *save_after*: after it nothing is
-        submitted until the next step is requested.  There its ``save_state(name)`` and
-        ``save_weights_for_sampler(name)`` work, too, which raise InvalidInputError if a later step
-        was submitted.
+        To use the weights of exactly one step in another way, such as with
+        `save_weights_and_get_sampling_client`, name the step in *save_after*: the pipeline then
+        submits nothing after it until you request the next step.  The step's ``save_state(name)``
+        and ``save_weights_for_sampler(name)`` work there, too; they raise InvalidInputError if a
+        later step has been submitted.
 
         Args:
-            batches: taken one by one, *depth* - 1 ahead.  A list of lists of Datum is a batch of
-                several passes, whose gradients add up before the optimizer step.  That is sent when
-                all of them are done; if only some were, IncompleteGradientError is raised, as for
-                a batch of `forward_backward` in several requests.  Errors and results count the
-                examples through all passes.
+            batches: read one by one, *depth* - 1 steps ahead.  If a batch is a list of lists of
+                Datum, each inner list is one pass, and their gradients add up.  The optimizer step
+                is sent when all passes are done; if only some were executed,
+                IncompleteGradientError is raised, as in `forward_backward`.  Errors and results
+                number the examples across all passes.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
-            depth: steps under way together; 1 does one after the other.
-            save_after: the steps after which the body needs their weights: 100 for those of index
-                99, 199 and so on, or a function of the step's index that returns True for them.
-            save_every: the steps to be saved: 100 for those of index 99, 199 and so on, under the
-                names ``step-100``, ``step-200`` and so on, or a function of the step's index that
-                returns a name, or None not to save it.
-            save_ttl_seconds: how long the server keeps what *save_every* saves; None is for ever.
+            depth: how many steps are in progress at a time; 1 finishes each before the next.
+            save_after: the steps whose weights the loop's body needs: 100 for those with index 99,
+                199 and so on, or a function of the step's index that returns True for them.
+            save_every: the steps to save: 100 for those with index 99, 199 and so on, under the
+                names ``step-100``, ``step-200`` and so on; or a function of the step's index that
+                returns a name, or None if the step is not to be saved.
+            save_ttl_seconds: how long the server keeps the checkpoints of *save_every*; None is for
+                ever.
         """
         self._ensure_open("pipeline")
         return Pipeline(
@@ -342,12 +346,12 @@ class TrainingClient(BaseClient):
         submit_pass: Callable[..., APIFuture[ForwardBackwardOutput]],
         *args: Any,
     ) -> Step:
-        """Submit a pass, ``submit_pass(*args)``, and an optimizer step after it, or neither."""
+        """Submit a pass, ``submit_pass(*args)``, and an optimizer step: both or neither."""
         optim_params_to_wire(optim_params)  # checked before the pass is sent
         passed = submit_pass(*args)
         try:
-            # Not counted among max_unread: train_step and Pipeline read it themselves, in the
-            # thread that would otherwise wait for it to be read.
+            # Not counted towards max_unread: train_step and Pipeline read the future in this very
+            # thread, which would otherwise block until it is read.
             passed.uncount()
             return Step(passed, self._optim_step(optim_params, passed))
         except BaseException:
@@ -365,9 +369,9 @@ class TrainingClient(BaseClient):
 
         Args:
             name: a bare name, unique in the run unless *overwrite*.
-            ttl_seconds: how long the server keeps it; None is for ever.
+            ttl_seconds: how long the server keeps the checkpoint; None means for ever.
             overwrite: replace a checkpoint of that name, and its metadata.
-            user_metadata: to be kept with it.
+            user_metadata: strings to keep with the checkpoint, by name.
         """
         fields = {
             "path": check_name(name),
@@ -404,9 +408,9 @@ class TrainingClient(BaseClient):
 
         Args:
             name, ttl_seconds: as for `save_state`.
-            age_encryption_recipients: public keys of age; the files are encrypted for them.
+            age_encryption_recipients: the age public keys to encrypt the files for.
 
-        The future raises RouteMissingError where the server has no such route.
+        The future raises RouteMissingError if the server has no such route.
         """
         fields = {
             "path": check_name(name),
@@ -424,7 +428,7 @@ class TrainingClient(BaseClient):
     def load_state_with_optimizer(
         self, path: str, weights_access_token: Optional[str] = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Queue loading weights and optimizer state at *path* into this run."""
+        """Queue loading the weights and optimizer state at *path* into this run."""
         return self._load("load_state_with_optimizer", path, weights_access_token, optimizer=True)
 
     def save_weights_and_get_sampling_client(
@@ -434,16 +438,16 @@ class TrainingClient(BaseClient):
         record_stability_info: bool = False,
         kind: str = "snapshot",
     ) -> SamplingClient:
-        """Save the present weights for this session only, and return a client that samples them.
+        """Save the current weights for this session only, and return a client of their sampler.
 
         Blocks.
 
         Args:
-            name: has no effect; it is there for scripts of the official SDK.
+            name: has no effect; accepted for scripts written for the official SDK.
             retry_config, record_stability_info: as for `ServiceClient.create_sampling_client`.
-            kind: ``"snapshot"``: the client always samples these weights.  ``"inflight"``: it
-                samples the newest weights that were saved in this way, never older ones than these;
-                a generation may span an update.
+            kind: ``"snapshot"``: the client always samples from these weights.  ``"inflight"``: it
+                samples from the run's newest weights saved with this kind, which are never older
+                than these; a generation may span an update.
         """
         return self.save_weights_and_get_sampling_client_future(
             name, retry_config, record_stability_info, kind
@@ -477,9 +481,9 @@ class TrainingClient(BaseClient):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples the checkpoint at *model_path*.  Blocks.
+        """Return a client that samples from the checkpoint at *model_path*.  Blocks.
 
-        Further arguments as for `ServiceClient.create_sampling_client`.
+        The other arguments are as for `ServiceClient.create_sampling_client`.
         """
         return self.create_sampling_client_future(
             model_path, retry_config, record_stability_info
@@ -503,10 +507,10 @@ class TrainingClient(BaseClient):
         )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
-        """Queue unloading this run at the server, and close this client; return immediately.
+        """Queue unloading this run from the server, and close this client; return immediately.
 
-        It is sent once all requests before it are done.  What was not saved is lost.  The future
-        raises RouteMissingError where the server has no such route; the run then ends with its
+        The request is sent once all earlier ones are done.  Unsaved weights are lost.  The future
+        raises RouteMissingError if the server has no such route; the run then ends with its
         session.
         """
         self._ensure_open("unload")
@@ -515,7 +519,7 @@ class TrainingClient(BaseClient):
         return unloaded
 
     def get_info(self) -> GetInfoResponse:
-        """What the server reports about this run.  Blocks the first time; then cached."""
+        """Return what the server reports about this run.  Blocks the first time; then cached."""
         self._ensure_open("get_info")
         if self._info is None:
             self._info = api.get_info(self._runtime.transport, self.model_id)
@@ -523,17 +527,17 @@ class TrainingClient(BaseClient):
         return self._info
 
     def get_tokenizer(self) -> Any:
-        """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
+        """Return the base model's Hugging Face tokenizer (needs transformers).  May block."""
         info = self.get_info()
         name = info.model_data.model_name or info.model_name or self._base_model or ""
         return load_tokenizer(name, info.model_data.tokenizer_id)
 
     def get_console_url(self) -> str:
-        """The run's page in the hosted service's console."""
+        """Return the URL of the run's page in the hosted service's console."""
         return training_run_url(self.model_id)
 
     def close(self) -> None:
-        """Refuse further work; what was queued is still submitted.  See BaseClient."""
+        """Refuse further work; queued requests are still sent.  Idempotent; does not block."""
         super().close()
         self._run.drain()
 
@@ -549,9 +553,9 @@ class TrainingClient(BaseClient):
         breaks: Sequence[int] = (),
         handle: Optional[LossHandle] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins.
+        """Queue a pass; a new request begins at each index in *breaks*, which are ascending.
 
-        *handle* is of a custom loss that the server computes.
+        *handle* is given for a custom loss that the server computes.
         """
         config = as_loss_config(loss_fn_config)
         batch = check_batch(data, loss_fn)
@@ -589,7 +593,7 @@ class TrainingClient(BaseClient):
     def _queue(
         self, kind: str, most: Tokens, task: Callable[..., None], *args: Any
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue a pass, as `TrainingRun.queue` does; reserves *most* of the budget for it."""
+        """Queue a pass with `TrainingRun.queue`, and reserve *most* tokens of the budget for it."""
         ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
             self.get_info()  # the price depends on the model
@@ -606,7 +610,7 @@ class TrainingClient(BaseClient):
             raise
         return future
 
-    # The official SDK's names for programs with an event loop of their own.
+    # Awaitable variants, under the official SDK's names.
     forward_async = future_of(forward)
     forward_backward_async = future_of(forward_backward)
     forward_backward_custom_async = future_of(forward_backward_custom)

@@ -1,6 +1,6 @@
-"""From a file to training examples: JSONL, chat templates, and datums (docs/data.md).
+"""Turns files of examples into training data: JSONL, chat templates, datums (docs/data.md).
 
-`open_examples` reads a file, `example_datum` and `preference_data` make datums of what is in it.
+`open_examples` reads a file; `example_datum` and `preference_data` make datums of its examples.
 """
 
 from tinkex.data.datums import (

@@ -1,4 +1,4 @@
-"""Datums of examples, preferences and samples; and a datum as text, to see what is learnt.
+"""Makes datums from examples, preferences and samples; shows as text what a datum teaches.
 
 All of them shift the tokens: ``target_tokens[i]`` is the token after input token i.
 """
@@ -27,7 +27,7 @@ OnCut = Callable[[int], Any]
 
 #: What a tokenizer writes for an incomplete character.
 _INCOMPLETE = "\ufffd"
-#: A character has up to 4 bytes, so that no more than 4 tokens make one.
+#: A character has up to 4 bytes, so at most 4 tokens make one.
 _MOST_TOKENS = 4
 
 
@@ -42,8 +42,8 @@ def example_datum(
     """Return the datum of a conversation, a completion or a text, for ``cross_entropy``.
 
     Args:
-        learn: of messages, learn ``"all"`` of the assistant's, or only the ``"last"``; of a
-            completion in messages, those of the completion.
+        learn: which of the assistant's messages to learn: ``"all"``, or only the ``"last"``; if the
+            example is a completion in messages, only its completion's messages count.
         tokenizer, max_tokens, on_cut: as in `chat_datum`.
 
     Raises:
@@ -63,7 +63,7 @@ def example_datum(
         )
     else:
         raise InvalidInputError(
-            f"{a_type(example)} is no example", hint="Make one of a dict with parse_example."
+            f"{a_type(example)} is not an example", hint="Make one of a dict with parse_example."
         )
     return _datum(tokens, max_tokens, on_cut)
 
@@ -77,26 +77,27 @@ def chat_datum(
     tools: Optional[Sequence[Mapping[str, Any]]] = None,
     on_cut: Optional[OnCut] = None,
 ) -> Datum:
-    """Return the datum of a conversation, as the tokenizer's chat template renders it.
+    """Return the datum of a conversation as rendered by the tokenizer's chat template.
 
-    The weights are 1 on what the model has to write, which is the assistant's messages with the
-    token that ends each, and 0 on everything else.  Messages after the last that is learnt are left
-    out.  docs/data.md has what is learnt, and what is refused.
+    Weights are 1 on what the model has to write (the assistant's messages, each with the token that
+    ends it) and 0 on everything else.  Messages after the last one that is learnt are left out.
+    docs/data.md says what is learnt and what is refused.
 
     Args:
         messages: dicts with ``role`` and ``content``, and whatever else the template reads.  The
             content is a string, or a list of text parts, which are joined.  A message of the
             assistant with ``"weight": 0`` is not learnt.
-        tokenizer: a tokenizer of transformers with a chat template, as from
-            ``trainer.get_tokenizer()``.  It must not be used by several threads at a time.
-        learn: ``"all"`` messages of the assistant, or only the ``"last"``.
-        max_tokens: the longest model input, in tokens; a longer one is cut from the right.
+        tokenizer: a transformers tokenizer with a chat template, as from
+            ``trainer.get_tokenizer()``.  Only one thread at a time may use it.
+        learn: which of the assistant's messages to learn: ``"all"``, or only the ``"last"``.
+        max_tokens: maximum length of the model input, in tokens; a longer one is cut off at the
+            end.
         tools: JSON schemas of functions, for the template.
-        on_cut: called with the length of the model input when it is cut, in tokens.
+        on_cut: called, if the model input is cut off, with its full length in tokens.
 
     Raises:
-        InvalidInputError: the messages are malformed, the template refuses them or renders them
-            such that they cannot be weighted exactly, or nothing to learn is left.
+        InvalidInputError: the messages are malformed, the template refuses them or renders them so
+            that exact weights are impossible, or nothing to learn is left.
     """
     tokens = _of_messages(messages, tokenizer, learn, tools)
     return _datum(tokens, max_tokens, on_cut)
@@ -112,8 +113,8 @@ def completion_datum(
 ) -> Datum:
     """Return the datum of a prompt and its completion, both plain text.
 
-    The weights are 1 on the tokens of *completion* and on the end-of-sequence token after it, and 0
-    on the prompt, which begins as the tokenizer begins every text.  Other arguments are those of
+    Weights are 1 on the tokens of *completion* and on the end-of-sequence token after it, and 0 on
+    the prompt, which begins as the tokenizer begins every text.  Other arguments are as in
     `chat_datum`.
 
     Raises:
@@ -131,7 +132,7 @@ def text_datum(
 ) -> Datum:
     """Return the datum of plain text and the end-of-sequence token, to learn all of it.
 
-    Arguments are those of `chat_datum`.
+    Arguments are as in `chat_datum`.
 
     Raises:
         InvalidInputError: there are fewer than two tokens.
@@ -146,10 +147,10 @@ def preference_data(
     max_tokens: Optional[int] = None,
     on_cut: Optional[OnCut] = None,
 ) -> Tuple[Datum, Datum]:
-    """Return the datums of the chosen and of the rejected continuation.
+    """Return the datums of the chosen and the rejected continuation.
 
-    The weights are 1 on the continuations and 0 on the prompt.  Without a prompt, texts begin to be
-    learnt where their tokens differ.  Arguments are those of `chat_datum`.
+    Weights are 1 on the continuations and 0 on the prompt.  Without a prompt, texts are learnt from
+    the first token in which they differ.  Arguments are as in `chat_datum`.
 
     Raises:
         InvalidInputError: as in `chat_datum`.
@@ -176,7 +177,7 @@ def sampled_datum(
     Args:
         prompt: the tokens that *sequence* was sampled from, at least one.
         sequence: m sampled tokens, with their log-probabilities.
-        advantage: of the sequence, or of each of its m tokens.
+        advantage: one number for the sequence, or one for each of its m tokens.
 
     ``logprobs`` and ``advantages`` are 0 on the prompt.
 
@@ -227,12 +228,12 @@ def sampled_datum(
 def weighted_tokens(datum: Datum, tokenizer: Any) -> List[Tuple[str, float]]:
     """Return the text and the weight of each token of *datum*, in order.
 
-    The texts join to that of the datum; of tokens that make one character together, the last has
-    it, and the others are empty.  The weights are ``weights``, or else ``advantages``, or else 1;
-    the first token has weight 0, since it is not a target.
+    Joined, the texts are the text of the datum; if several tokens together make one character, the
+    last of them has it, and the others are empty.  Weights come from the input ``weights``, else
+    from ``advantages``, else they are 1; the first token has weight 0, since it is not a target.
 
     Raises:
-        InvalidInputError: the datum has images, or not one target token for each input token.
+        InvalidInputError: the datum has images, or does not have one target token per input token.
     """
     inputs = datum.loss_fn_inputs
     ids = datum.model_input.to_ints()
@@ -271,7 +272,7 @@ def _of_continuation(
 
 
 def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
-    """Return the tokens of both and the end-of-sequence token; learnt is what follows *prompt*."""
+    """Return the tokens of both and the end-of-sequence token; all after *prompt* is learnt."""
     # `completion_datum` and `text_datum` take these from the caller, unchecked.
     for text in (prompt, completion):
         if not isinstance(text, str):
@@ -279,7 +280,7 @@ def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
     text = prompt + completion
     head, tail = split_tokens(tokenizer, text, [0, len(prompt), len(text)])
     start = tokenizer.bos_token_id
-    if start is not None and start in tokenizer.encode(""):  # it begins every text with it
+    if start is not None and start in tokenizer.encode(""):  # every text begins with it
         head = [start, *head]
     if tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
@@ -287,8 +288,8 @@ def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
 
 
 def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[OnCut]) -> Datum:
-    # Inputs are all tokens but the last, targets all but the first: the first weight has no place,
-    # and *max_tokens* inputs need one token more.
+    # Inputs are all tokens but the last, targets all but the first.  So the first weight is not
+    # used, and *max_tokens* inputs need one more token.
     ids, weights = tokens.ids, tokens.weights
     length = len(ids) - 1
     if max_tokens is not None:
@@ -304,7 +305,7 @@ def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[O
 
 def _texts(ids: List[int], tokenizer: Any) -> List[str]:
     texts: List[str] = []
-    before: List[int] = []  # the tokens of the text before: some decoders strip a leading space
+    before: List[int] = []  # the previous group: some decoders strip a leading space
     group: List[int] = []
     for place, token in enumerate(ids):
         group.append(token)

@@ -1,13 +1,12 @@
-"""The kinds of examples, and how they are read from records (docs/data.md, "Formats").
+"""The kinds of examples, and parsing them from records (docs/data.md, "Formats").
 
-All checks that need no tokenizer are made here, so that a file's errors are found when it is
-opened.
+All checks that need no tokenizer are here, so that opening a file finds its errors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence  # those of typing are slow to check instances of
+from collections.abc import Mapping, Sequence  # isinstance is slow with typing's
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 from tinkex.errors import InvalidInputError, a_type
@@ -59,9 +58,9 @@ _FORMS = (
 
 
 def parse_example(record: Any) -> Example:
-    """Return the example in *record*, an object as it stands in a line of a JSONL file.
+    """Return the example in *record*, the object in one line of a JSONL file.
 
-    Keys other than those of the formats are ignored.
+    Keys that belong to no format are ignored.
 
     Raises:
         InvalidInputError: *record* has none of the formats, or holds nothing to learn.
@@ -88,10 +87,10 @@ def parse_example(record: Any) -> Example:
 
 
 def as_messages(name: str, messages: Any) -> List[Dict[str, Any]]:
-    """Return *messages* checked, each a new dict, with lists of text parts joined to a string.
+    """Check *messages*; return each as a new dict, with lists of text parts joined to a string.
 
     Raises:
-        InvalidInputError: they are no messages, or hold something besides text.
+        InvalidInputError: these are not messages, or they hold something besides text.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         what = "empty" if messages == [] else f"{a_type(messages)}, not a list of messages"
@@ -102,7 +101,7 @@ def as_messages(name: str, messages: Any) -> List[Dict[str, Any]]:
 def assistant_turns(name: str, messages: Sequence[Message], first: int = 0) -> List[int]:
     """Return the indices, from *first* on, of the assistant messages to learn.
 
-    Those with ``"weight": 0`` are not (as in OpenAI's format).
+    Messages with ``"weight": 0`` are not learnt (as in OpenAI's format).
 
     Raises:
         InvalidInputError: there are none, or all of them are empty.
@@ -143,7 +142,7 @@ def _message(name: str, message: Any) -> Dict[str, Any]:
     if isinstance(content, list):
         checked["content"] = "".join(_part(name, part) for part in content)
     elif content is None and message.keys() - {"role", "content", "weight"}:
-        pass  # a call of a tool, whose content is null
+        pass  # a tool call, whose content is null
     elif not isinstance(content, str):
         raise InvalidInputError(f"the content of {name} is {a_type(content)}, not text")
     return checked
@@ -167,7 +166,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _joined(name: str, prompt: Any, continuation: Any) -> Tuple[Any, Any]:
-    """Return *prompt* and its *continuation*, both as texts or both as messages."""
+    """Check *prompt* and its *continuation*; return both as texts, or both as messages."""
     if isinstance(prompt, str) and isinstance(continuation, str):
         return prompt, _text(name, continuation)
     if isinstance(prompt, str) or isinstance(continuation, str):
@@ -193,7 +192,7 @@ def _preference(record: Mapping[str, Any], tools: Optional[List[Any]]) -> Prefer
         prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
     if chosen == rejected:
         raise InvalidInputError("'chosen' and 'rejected' are the same: there is nothing to learn")
-    if prompt == []:  # the conversations begin with the reply
+    if prompt == []:  # the conversations begin with their replies
         raise InvalidInputError("'chosen' and 'rejected' have no prompt in common")
     _joined("chosen", prompt, chosen)
     _joined("rejected", prompt, rejected)
@@ -201,9 +200,9 @@ def _preference(record: Mapping[str, Any], tools: Optional[List[Any]]) -> Prefer
 
 
 def _split_prompt(prompt: Any, chosen: Any, rejected: Any) -> Tuple[Any, ...]:
-    """Return prompt, chosen and rejected messages, each message in only one of them.
+    """Return the common prompt, and what follows it in *chosen* and in *rejected*.
 
-    Many files have the prompt in the two conversations, and often as a text beside them.
+    Many files repeat the prompt in both conversations, and often also give it as text.
     """
     chosen, rejected = as_messages("chosen", chosen), as_messages("rejected", rejected)
     if isinstance(prompt, str):
@@ -213,7 +212,7 @@ def _split_prompt(prompt: Any, chosen: Any, rejected: Any) -> Tuple[Any, ...]:
     head: List[Dict[str, Any]] = [] if prompt is None else as_messages("prompt", prompt)
     if chosen[: len(head)] == head == rejected[: len(head)]:
         shared = len(head)
-        shortest = min(len(chosen), len(rejected)) - 1  # the last reply is never the prompt's
+        shortest = min(len(chosen), len(rejected)) - 1  # the last reply never belongs to the prompt
         while shared < shortest and chosen[shared] == rejected[shared]:
             shared += 1
         return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -1,7 +1,7 @@
-"""Files of examples, one JSON object a line, which may be larger than memory.
+"""Files of examples, one JSON object per line; they may be larger than memory.
 
-Opening a file reads it once, checks every line, and keeps where each begins.  Examples are read
-from the file when they are accessed.
+Opening a file reads it once, checks every line, and records where each example begins.  Examples
+are read from the file when they are accessed.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from tinkex.errors import InvalidInputError
 
 #: A longer line is not read into memory.
 MAX_LINE_BYTES = 64 << 20
-_LISTED = 5  # bad lines that a message describes
+_LISTED = 5  # how many bad lines a message describes
 _BOM = b"\xef\xbb\xbf"
-_HINT = "A file of examples is JSONL: UTF-8 text with one JSON object a line."
+_HINT = "A file of examples is JSONL: UTF-8 text with one JSON object per line."
 
 
 class _Index(NamedTuple):
-    """What one pass over a file has found."""
+    """The result of one pass over a file."""
 
     offsets: array.array[int]  # of the first byte of each example
-    left_out: array.array[int]  # for each line left out, how many examples come before it
+    left_out: array.array[int]  # for each line left out, the number of examples before it
     kinds: FrozenSet[Type[object]]
     fingerprint: str
-    state: Tuple[int, int]  # size and time of change
+    state: Tuple[int, int]  # size and modification time
 
 
 class Examples(SequenceOf[Example]):
@@ -58,10 +58,10 @@ class Examples(SequenceOf[Example]):
     Attributes:
         path: the file, as an absolute path.
         fingerprint: SHA-256 of the file's bytes, in hexadecimal.
-        kinds: the types of its examples.
+        kinds: the types of the examples.
 
-    The file is opened for each access, so that an instance holds no file, may be used by several
-    threads and processes, and pickles.  Accesses raise InvalidInputError if the file has changed.
+    Each access opens the file, so an instance holds no open file, may be used by several threads
+    and processes, and can be pickled.  Accesses raise InvalidInputError if the file has changed.
     """
 
     def __init__(self, path: str, index: _Index) -> None:
@@ -81,7 +81,7 @@ class Examples(SequenceOf[Example]):
     @overload
     def __getitem__(self, place: slice) -> List[Example]: ...
     def __getitem__(self, place: Union[int, slice]) -> Union[Example, List[Example]]:
-        """Return one example, or a list of those of a slice."""
+        """Return one example, or the list of examples in a slice."""
         if isinstance(place, slice):
             return list(self._read(range(*place.indices(len(self)))))
         [example] = self._read([self._position(place)])
@@ -91,7 +91,7 @@ class Examples(SequenceOf[Example]):
         return self._read(range(len(self)))
 
     def line(self, place: int) -> int:
-        """Return the number of the line, from 1, that example *place* stands in."""
+        """Return the number, from 1, of the line that holds example *place*."""
         position = self._position(place)
         return position + 1 + bisect.bisect_right(self._index.left_out, position)
 
@@ -115,21 +115,21 @@ class Examples(SequenceOf[Example]):
 def open_examples(path: Union[str, os.PathLike[str]], *, skip_bad: bool = False) -> Examples:
     """Read and check the file *path*; return its examples (docs/data.md).
 
-    Blank lines are left out.  Of the file, 8 bytes a line are kept in memory; a line may have up to
-    64 MiB.  Blocks for a second or two for every 100 MB.
+    Blank lines are skipped.  Memory holds 8 bytes per line; a line may have up to 64 MiB.  Blocks
+    for a second or two per 100 MB.
 
     Args:
         skip_bad: leave out the lines that are not examples, with a warning.
 
     Raises:
-        InvalidInputError: the file cannot be read, has no examples, has lines that are not, or
-            changed meanwhile.
+        InvalidInputError: the file cannot be read, has no examples, has lines that are not
+            examples, or has changed during the call.
     """
     name = os.path.abspath(path)
     bad: List[str] = []
     with _opened(name) as file:
         index, bad_lines = _scan(file, bad)
-        # Offsets of a file that is being written would point into the middle of lines.
+        # In a file that is being written, the offsets could point into the middle of lines.
         if _state(file) != index.state:
             raise InvalidInputError(f"{name} changed while it was read")
     lines = len(index.offsets) + len(index.left_out)
@@ -153,7 +153,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InvalidInputError(
                     f"{path} is not a regular file",
-                    hint="It is read more than once; save it first.",
+                    hint="The file is read more than once: save it to disk first.",
                 )
             yield file
     except OSError as error:
@@ -166,10 +166,10 @@ def _state(file: BinaryIO) -> Tuple[int, int]:
 
 
 def _scan(file: BinaryIO, bad: List[str]) -> Tuple[_Index, int]:
-    """Read all lines; return what was found and the number of bad ones, some described in *bad*."""
+    """Read all lines; return the index and the number of bad lines; describe the first in *bad*."""
     state = _state(file)
     digest = hashlib.sha256()
-    # Arrays of 8 bytes an item, where a list of ints would take 36: files have millions of lines.
+    # Arrays take 8 bytes per item, a list of ints would take 36, and files have millions of lines.
     offsets, left_out = array.array("Q"), array.array("Q")
     kinds: Set[Type[object]] = set()
     bad_lines = number = offset = 0
@@ -191,7 +191,7 @@ def _scan(file: BinaryIO, bad: List[str]) -> Tuple[_Index, int]:
 
 
 def _lines(file: BinaryIO, update: Callable[[bytes], object]) -> Iterator[Tuple[bytes, int]]:
-    """Yield each line and its length in bytes; of one that is too long, only the beginning."""
+    """Yield each line and its length in bytes; if a line is too long, only its beginning."""
     while True:
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:

@@ -1,1 +1,1 @@
-"""Module paths of the official SDK that programs import from; everything lives elsewhere."""
+"""Module paths of the official SDK, for programs that import from them; the code is elsewhere."""

@@ -1,4 +1,4 @@
-"""Where the official SDK keeps its clients: ``tinker.lib.public_interfaces.APIFuture``."""
+"""The official SDK's path to its clients, as in ``tinker.lib.public_interfaces.APIFuture``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The embedded server's WSGI application: routes, admission, errors as JSON.
 
-Made by LocalServer, or by a test that drives it with Flask's test client.  No threads of its own.
+Created by LocalServer, or by a test that drives it with Flask's test client.  Starts no threads.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _TOPICS = (
 
 
 class _MatchedRule(Rule):
-    """A rule that finds the view of a path, and builds no URLs.
+    """A rule that maps paths to views, and cannot build URLs.
 
-    Compiling the functions that build them takes most of the time in which a server starts.
+    Compiling the functions that build URLs would take most of the start-up time of a server.
     """
 
     def _compile_builder(self, append_unknown: bool = True) -> Callable[..., Tuple[str, str]]:
@@ -72,8 +72,8 @@ def create_app(
 
     Args:
         backend: does the work; started and closed by the caller.
-        settings: of the server; the defaults if None.
-        admission: which requests are let in; by default, what *settings* allow.
+        settings: the server's settings; the defaults if None.
+        admission: decides which requests are let in; made from *settings* if None.
     """
     settings = settings or ServerSettings()
     admission = admission or Admission(settings)
@@ -82,7 +82,7 @@ def create_app(
     app.before_request(functools.partial(_admit, admission))
     topics = [topic(backend, settings) for topic in _TOPICS]
     for topic in (ServiceRoutes(backend, settings, admission.mint), *topics):
-        # A path may have a view for each method, so the names of endpoints contain both.
+        # The endpoint's name contains the method, since a path may have a view for each method.
         for method, path, view in topic.rules():
             rule = path if path.startswith("/") else f"/api/v1/{path}"
             app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
@@ -94,12 +94,12 @@ def create_app(
 
 
 def _admit(admission: Admission) -> None:
-    # The parser has judged the headers, too, but only to decide whether to keep the body
-    # (http/serving.py); here the reason becomes a response.
+    # The parser has checked the headers, too, but only to decide whether to keep the body
+    # (http/serving.py).  This check turns a refusal into a response.
     admission.check(head_of(request.environ))
     try:
         request.query_string.decode()
-    except UnicodeDecodeError as error:  # a view that reads the query would fail with it
+    except UnicodeDecodeError as error:  # else a view that reads the query would fail
         raise HTTPError(400, "the query is not UTF-8; percent-encode it") from error
 
 
@@ -109,7 +109,7 @@ def _rejected(error: HTTPError) -> Response:
 
 def _not_routed(error: HTTPException) -> Response:
     route = f"{request.method} {request.path}"
-    # Clients recognise a missing route by this text; a 404 with another names a missing object.
+    # Clients recognize a missing route by this text; any other 404 names a missing object.
     detail = f"no route {route}" if error.code == 404 else f"{route}: {error.description}"
     response = json_response({"detail": detail}, error.code or 500)
     # HTTP requires `Allow` with a 405.

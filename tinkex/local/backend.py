@@ -1,8 +1,8 @@
-"""What the HTTP routes call: sessions, runs and samplers over store, scheduler and engine.
+"""Backend: sessions, runs and samplers, on top of store, scheduler and engine.
 
-Owned by LocalServer (or a test).  It starts one thread, tinkex-engine, and ends it in close.
-Thread-safe: every public method may be called from any HTTP thread, and none waits for the
-engine.
+Called by the HTTP routes; owned by LocalServer (or a test).  Starts one thread, tinkex-engine, and
+ends it in close.  Thread-safe: every public method may be called from any HTTP thread, and none of
+them waits for the engine.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Backend:
 
     Args:
         engine: does the work; the backend owns it from now on and closes it.
-        store: remembers; owned by the backend, too.
-        settings: of the server; the defaults if None.
-        lane_type: the queue of a training run; tests imitate other servers with their own.
-        futures: results; a table of its own unless given.
-        clock: monotonic seconds, for liveness and results.
+        store: keeps sessions, runs and checkpoints; owned by the backend, too.
+        settings: the server's settings; the defaults if None.
+        lane_type: class of a run's queue; tests pass their own to imitate other servers.
+        futures: the table of results; a new one if None.
+        clock: returns monotonic seconds, for liveness and results.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Backend:
         )
         self.wall = store.wall
         self._clock = clock
-        # Guards the table; nothing else is done while it is held.
+        # Guards _sessions, and is held for nothing else.
         self._lock = threading.Lock()
         self._sessions = SessionTable(settings.session_ttl_s)
-        self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start; as is this:
-        self._not_noted: List[str] = []  # sessions that expired, but not yet in the database
-        # Serialises the creation of runs and samplers: an id is looked up, then taken.
-        # Guards _created.
+        # After start, only the engine thread uses these two.
+        self._sweep_due = clock() + _SWEEP_S
+        self._not_noted: List[str] = []  # expired sessions whose end is not in the database yet
+        # Guards _created, and makes looking up an id and taking it one atomic step.
         self._creating = threading.Lock()
         self._created = CreatedIds()
         self.idempotency = IdempotencyCache()
@@ -112,7 +112,7 @@ class Backend:
         # Polls first: they hold HTTP threads, which need not wait for the engine.
         self.futures.close()
         self.engine_thread.close(timeout_s)
-        # Only now: until it ended, the engine thread may have expired some.
+        # Only now: the engine thread may have expired sessions until it ended.
         with self._lock:
             left = self._sessions.ids()
         try:
@@ -126,19 +126,19 @@ class Backend:
     # Sessions
 
     def create_session(self, facts: Dict[str, Any], idempotency_key: Optional[str] = None) -> str:
-        """Start a session and return its id; *facts* describe it.
+        """Start a session, which *facts* describe, and return its id.
 
-        A repetition with the same *idempotency_key* gets the same session.
+        A repetition with the same *idempotency_key* returns the same session.
         """
         return self.idempotency.get(idempotency_key, lambda: self._create_session(facts))
 
     def _create_session(self, facts: Dict[str, Any]) -> str:
         session_id = str(uuid.uuid4())
-        # The database first: if it cannot be written, there is no session.
+        # First, so that there is no session if the database cannot be written.
         self.store.add_session(session_id, facts)
         with self._lock:
             self._sessions.add(session_id, self._clock())
-        # The engine thread sleeps until the next session expires, which may be this one now.
+        # The engine thread sleeps until the next session expires: this one may be the next.
         self.scheduler.rotation.request_housekeeping()
         return session_id
 
@@ -150,32 +150,34 @@ class Backend:
             raise self._over(session_id)
 
     def heartbeat_ages(self) -> Dict[str, float]:
-        """Return the seconds since the last heartbeat of each session that lives."""
+        """Return the seconds since the last heartbeat of each live session."""
         with self._lock:
             return self._sessions.ages(self._clock())
 
     def has_sessions(self) -> bool:
-        """True if a session lives."""
+        """True if there is a live session."""
         with self._lock:
             return bool(self._sessions.ids())
 
     def check_session(self, session_id: str) -> None:
-        """Raise HTTPError 404 or 410 unless the session lives."""
+        """Raise HTTPError 404 or 410 unless the session is live."""
         with self._lock:
             alive = self._sessions.alive(session_id, self._clock())
         if not alive:
             raise self._over(session_id)
 
     def finish_session(self, session_id: str, reason: str, detail: Optional[str]) -> None:
-        """End a session; a second end changes nothing.  HTTPError 404 if it is unknown."""
+        """End a session; ending it again changes nothing.  HTTPError 404 if it is unknown."""
         with self._lock:
-            # Whoever removes it ends it: a finish and an expiry at the same moment end it once.
+            # The thread that removes the session ends it, so that a finish and an expiry at the
+            # same moment end it once.
             removed = self._sessions.remove(session_id)
         if not removed:
             row = self.store.session(session_id)
             if row is None:
                 raise self._over(session_id)
-            if row.state != "live":  # else its end could not be noted, on a full disk
+            # A removed session that the database calls live ended while the disk was full.
+            if row.state != "live":
                 return
         why = f"{reason}, {detail}" if detail else reason
         self._end_session(session_id, "finished", f"the client ended it: {why}", reason, detail)
@@ -186,7 +188,7 @@ class Backend:
             return HTTPError(
                 404, f"session {session_id} is unknown; create one, or check the base URL"
             )
-        if row.state == "live":  # the engine thread has not expired it yet
+        if row.state == "live":  # the engine thread has not noted its expiry yet
             return HTTPError(
                 404,
                 f"session {session_id} expired: no heartbeat for {self._sessions.ttl_s:g} s; "
@@ -207,8 +209,8 @@ class Backend:
         end_reason: Optional[str] = None,
         end_detail: Optional[str] = None,
     ) -> None:
-        """Free what a session holds, and note its end."""
-        # The database last: on a full disk it cannot be changed, but the rest can still be freed.
+        """Free what a session holds, and record its end in the database."""
+        # The database last: a full disk makes this fail, but everything else is freed by then.
         with self._creating:
             self._created.drop_session(session_id)
         self.losses.drop_session(session_id)
@@ -216,13 +218,13 @@ class Backend:
         self.store.end_session(session_id, state, reason, end_reason, end_detail)
 
     def housekeeping(self, now: float) -> float:
-        """Expire sessions, drop old results and checkpoints; return when to run again.
+        """Expire sessions, drop old results and checkpoints; return when to call again.
 
-        Called by the engine thread.
+        Called by the engine thread.  Both *now* and the result are clock seconds.
         """
         with self._lock:
             expired = self._sessions.drop_expired(now)
-        # Ended without the lock, which every heartbeat takes: it writes to the database.
+        # Not under the lock, which every heartbeat takes: ending a session writes to the database.
         for session_id in expired:
             _log.info("session %s expired", session_id)
         self._end_expired([*self._not_noted, *expired])
@@ -230,14 +232,14 @@ class Backend:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
             self.store.checkpoints.delete_expired()
-            # After the deletions, which may have made room for it.
+            # After the deletions, which may have made room for the reserve.
             self.store.restore_reserve()
         with self._lock:
             next_expiry = self._sessions.next_due()
         return self._sweep_due if next_expiry is None else min(self._sweep_due, next_expiry)
 
     def _end_expired(self, session_ids: List[str]) -> None:
-        """End sessions; those whose end cannot be noted, on a full disk, are tried again later."""
+        """End sessions; if a full disk keeps the end of one from being recorded, retry it later."""
         self._not_noted = []
         for session_id in session_ids:
             reason = f"no heartbeat for {self._sessions.ttl_s:g} s"
@@ -255,7 +257,7 @@ class Backend:
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
-        # The end of its session, if that is why, explains more than the end of the run.
+        # If the run ended with its session, the end of the session is the better explanation.
         run = self.catalog.get_model(model_id)
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
@@ -266,18 +268,18 @@ class Backend:
     ) -> str:
         """Open the run *model_id* and queue the job that creates it; return the request id.
 
-        *add_run* puts the run into the store.  A repetition with the same *digest* gets the first
-        one's request id; another body is HTTPError 409.
+        *add_run* puts the run into the store.  A repetition with the same *digest* returns the
+        request id of the first call; another digest is HTTPError 409.
         """
         session_id = session_of(model_id)
         with self._creating:
             known = self._created.find(model_id, digest)
             if known is not None:
                 return known
-            # First, since it fails on a full disk: then nothing else was done.
+            # First, since it fails on a full disk: nothing else has been done then.
             add_run()
             self._created.add(model_id, digest, job.request_id)
-            # Within the lock: a repetition polls at once for the future of the id that it gets.
+            # Under the lock: a repetition that finds the request id polls its future at once.
             self.scheduler.add_model(model_id, session_id, job)
         self._end_if_over(session_id)
         return job.request_id
@@ -289,17 +291,17 @@ class Backend:
         model_path: Optional[str],
         weights: Callable[[], WeightsSource],
     ) -> str:
-        """Open the sampler *sampler_id*, and return its id; it draws from what *weights* returns.
+        """Open the sampler *sampler_id*, which draws from what *weights* returns; return its id.
 
-        A repetition with the same *digest* changes nothing; another body is HTTPError 409.
+        A repetition with the same *digest* changes nothing; another digest is HTTPError 409.
         """
         session_id = session_of(sampler_id)
         with self._creating:
-            # A first look, so that a repetition does not copy the weights for nothing.
+            # Checked here and below: a repetition must not copy the weights for nothing.
             known = self._created.find(sampler_id, digest)
         if known is not None:
             return known
-        source = weights()  # copies files, or has the engine write them: not under the lock
+        source = weights()  # not under the lock: copies files, or has the engine write them
         with self._creating:
             known = self._created.find(sampler_id, digest)
             if known is None:
@@ -310,7 +312,7 @@ class Backend:
                     raise
                 self._created.add(sampler_id, digest, sampler_id)
                 self.scheduler.add_sampler(sampler_id, session_id, source)
-        if known is not None:  # the same request came twice at the same time
+        if known is not None:  # the same request arrived twice at the same time
             source.remove()
         self._end_if_over(session_id)
         return sampler_id
@@ -319,14 +321,16 @@ class Backend:
         """Return a copy of *checkpoint* to draw from, which outlives it; the base model if None."""
         if checkpoint is None:
             return WeightsSource("base", None, self.info.model_name)
-        # A checkpoint that is saved again under the same name is another one.
+        # With the time, since a checkpoint saved again under the same name has other weights.
         key = (checkpoint.folder, checkpoint.created_at)
         return WeightsSource(key, self.store.freeze(checkpoint), checkpoint.tinker_path)
 
     def _end_if_over(self, session_id: str) -> None:
-        """Undo what was made while its session ended."""
-        # The session may have ended since the view checked it.  Its end unloaded what there was
-        # then, and nothing else would unload what was made since.
+        """If the session has ended since the view checked it, unload what it has; raise HTTPError.
+
+        Call it after creating a run or sampler: nothing else would unload what is created after the
+        session's end.
+        """
         try:
             self.check_session(session_id)
         except HTTPError as problem:

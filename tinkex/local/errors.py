@@ -1,4 +1,4 @@
-"""Requests to the embedded server that fail, as HTTP responses.
+"""HTTPError: a request to the embedded server that fails, with an HTTP status.
 
 Raised anywhere below the routes; the application turns them into ``{"detail": ...}``.
 """
@@ -14,9 +14,9 @@ from tinkex.errors import InvalidInputError
 
 
 class HTTPError(Exception):
-    """A request that cannot be served: HTTP *status*, and a *detail* that names the remedy.
+    """A request that cannot be served: its HTTP *status*, and a *detail* that names the remedy.
 
-    *headers* go into the response.
+    *retry_after_s* and *headers* go into the response.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class StorageError(HTTPError):
             507,  # Insufficient Storage
             f"the server cannot write to {data_dir}: {reason}. Nothing was changed; free some "
             "space on its disk, or make the folder writable, and repeat this",
-            # A retry by the client would fail, too: this lasts until a person makes room.
+            # A retry by the client would fail, too, until a person makes room.
             headers={"x-should-retry": "false"},
         )
 
 
 @contextlib.contextmanager
 def storage_errors(data_dir: Path) -> Iterator[None]:
-    """Raise what the file system or SQLite raises about *data_dir* as a StorageError."""
+    """Turn errors of the file system and of SQLite into a StorageError about *data_dir*."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
@@ -59,7 +59,7 @@ def storage_errors(data_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def invalid_input_rejected() -> Iterator[None]:
-    """Raise an InvalidInputError as an HTTPError 400: the value came with the request."""
+    """Turn an InvalidInputError into an HTTPError 400, since the value came with the request."""
     try:
         yield
     except InvalidInputError as error:

@@ -13,7 +13,7 @@ from tinkex.types._wire import Wire
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
 
-#: Bounds of what the server keeps for a client, and repeats in its lists: a text, metadata.
+#: Bounds on a text, and on metadata, which the server keeps and repeats in its lists.
 _MAX_CHARACTERS = 10_000
 _MAX_KEPT_BYTES = 64 << 10
 
@@ -27,7 +27,10 @@ def required(body: Dict[str, Any], name: str, kind: Type[T]) -> T:
 
 
 def optional(body: Dict[str, Any], name: str, kind: Type[T]) -> Optional[T]:
-    """Return a field of the body, None if it is missing or null; HTTPError 400 if mistyped."""
+    """Return a field of the body, or None if it is missing or null.
+
+    HTTPError 400 if it is of another type, or a text that is too long.
+    """
     value = body.get(name)
     if value is None:
         return None
@@ -56,14 +59,14 @@ def metadata(body: Dict[str, Any], name: str = "user_metadata") -> Optional[Dict
 
 
 def check_kept(name: str, value: object) -> None:
-    """Raise HTTPError 400 if *value*, which is to be kept, takes more than 64 KiB as JSON."""
+    """Raise HTTPError 400 if *value*, which the server would keep, exceeds 64 KiB as JSON."""
     size = len(write_json(value))
     if size > _MAX_KEPT_BYTES:
         raise HTTPError(400, f"{name} takes {size} bytes as JSON; at most {_MAX_KEPT_BYTES}")
 
 
 def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
-    """Return the lifetime of a checkpoint, None if unlimited; HTTPError 400 if out of range."""
+    """Return a checkpoint's lifetime, or None if unlimited; HTTPError 400 if out of range."""
     value = body.get("ttl_seconds")
     if value is None:
         return None

@@ -1,8 +1,8 @@
 """JSON as the embedded server reads and writes it: of a bounded depth and number of values.
 
-What is nested too deeply is rejected when it arrives: if it were stored, every later response that
-shows it would fail.  What has too many values is rejected before it is parsed, since a Python
-object takes many times the bytes of its JSON.  Pure; no threads.
+A body that is nested too deeply is rejected on arrival: if it were stored, every later response
+that shows it would fail.  A body with too many values is rejected before it is parsed, since a
+Python object takes many times the bytes of its JSON.  Pure; no threads.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import orjson
 
 from tinkex.local.errors import HTTPError
 
-#: Most levels of a body.  Responses, which nest stored values a little deeper, and every recursive
-#: function of Python stay well below their own limits.
+#: Most levels of nesting in a body.  Low enough for responses, which nest stored values a little
+#: deeper, and for Python's recursion limit.
 MAX_LEVELS = 400
 
-#: Most lists and objects of a body, of up to 250 bytes each, and most other values, of up to 100.
+#: Most lists and objects in a body, which take up to 250 bytes each in memory, and most other
+#: values, which take up to 100.
 MAX_CONTAINERS = 1 << 20
 MAX_VALUES = 1 << 23
 
@@ -34,7 +35,7 @@ def read_json(raw: bytes) -> Any:
     """Decode *raw*.
 
     Raises:
-        HTTPError: 400, it is not JSON, or nested too deeply; 413, it has too many values.
+        HTTPError: 400 if it is not JSON, or nested too deeply; 413 if it has too many values.
     """
     check_values(raw)
     try:
@@ -49,7 +50,7 @@ def check_values(raw: bytes) -> None:
     """Raise HTTPError 413 if *raw*, which need not be JSON, has too many values."""
     if len(raw) <= MAX_CONTAINERS:
         return
-    # Brackets and commas within strings are counted too, which costs nothing but precision.
+    # Brackets and commas within strings are counted, too: these bounds need no precision.
     for found, most, what in (
         (raw.count(b"[") + raw.count(b"{"), MAX_CONTAINERS, "lists and objects"),
         (raw.count(b","), MAX_VALUES, "values"),
@@ -65,11 +66,11 @@ def check_levels(raw: bytes) -> None:
 
 
 def levels(raw: bytes) -> int:
-    """How deeply *raw* is nested, or a bound on it that is small enough.  *raw* must be JSON."""
+    """Return the depth of *raw*, which must be JSON, or a bound on it within `MAX_LEVELS`."""
     openings = raw.count(b"[") + raw.count(b"{")
     if openings <= MAX_LEVELS:
         return openings
-    # By the text, because a large batch has too many values to be looked at one by one.
+    # From the text, because a large batch has too many parsed values to visit one by one.
     if b"\\" in raw:
         raw = _ESCAPE.sub(b"", raw)
     brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
@@ -82,7 +83,7 @@ def write_json(value: Any, *, sort_keys: bool = False) -> bytes:
     try:
         return orjson.dumps(value, option=option)
     except TypeError:
-        # orjson stops at 254 levels.  What it cannot write at all raises again.
+        # orjson writes at most 254 levels.  A value of the wrong type raises TypeError here again.
         text = json.dumps(
             value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys
         )

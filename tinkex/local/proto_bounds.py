@@ -1,6 +1,6 @@
-"""How many messages and fields a protobuf body of a pass may hold, checked before it is parsed.
+"""Bounds on the messages and fields in the protobuf body of a pass, checked before parsing.
 
-A message of two bytes becomes some fifty when it is parsed, and a thousand as a Python object.
+A message of two bytes takes about fifty when it is parsed, and a thousand as a Python object.
 Pure; no threads.
 """
 
@@ -13,16 +13,16 @@ from tinkex.local.errors import HTTPError
 #: Most datums, chunks, loss inputs and spans of a request, together.
 MAX_MESSAGES = 1 << 17
 
-#: Most fields inside of them, at any depth, and entries of shapes.  It is more than that many
-#: messages need: a loss input has seven.
+#: Most fields inside these messages, at any depth, and entries of shapes.  Enough for MAX_MESSAGES
+#: loss inputs, of seven fields each.
 MAX_FIELDS = 1 << 20
 
 #: Bytes of the smallest message.
 _LEAST_BYTES = 2
 
-# The fields of a message that are messages themselves, with theirs, or packed numbers, of which
-# each byte may be one.  All others are a single value.  By their numbers in docs/protocol.md,
-# "Common messages" and "Requests in protobuf".
+# For each message: the fields that hold messages, with the fields of those, or packed numbers
+# (each byte may be a number).  Any other field is a single value.  Keys are the field numbers in
+# docs/protocol.md, "Common messages" and "Requests in protobuf".
 _Nested = Mapping[int, Any]
 _PACKED = None
 _VALUES: Dict[int, Any] = {}
@@ -68,9 +68,10 @@ def check_messages(raw: bytes) -> None:
 
 
 def _count(raw: bytes, start: int, stop: int, nested: _Nested, room: int) -> int:
-    """Return how many fields a message has, with those within it; not much more than *room*.
+    """Return how many fields a message has, at any depth; stop soon after *room* is exceeded.
 
-    Like `_fields`, up to one that is malformed; written out, since a batch has many of them.
+    Like `_fields`, stops at a malformed field.  The parsing is inlined, for the speed of large
+    batches.
     """
     count = 0
     while start < stop and count <= room:
@@ -110,9 +111,9 @@ def _count(raw: bytes, start: int, stop: int, nested: _Nested, room: int) -> int
 
 
 def _fields(raw: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
-    """Yield number, start and end of each field with a length, up to one that is malformed.
+    """Yield number, start and end of each field with a length, up to the first malformed field.
 
-    The parser rejects what is malformed, and has kept nothing but what comes before it.
+    The parser rejects a malformed field, too, and by then has built only what comes before it.
     """
     while start < stop:
         tag = raw[start]
@@ -136,7 +137,7 @@ def _fields(raw: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]
 
 
 def _varint(raw: bytes, start: int) -> Tuple[int, int]:
-    """Return the number at *start*, and where it ends; it may end behind *raw*."""
+    """Return the number at *start*, and the index after its last byte."""
     value = shift = 0
     end = len(raw)
     while start < end and shift < 70:  # seven bits in each of ten bytes at most

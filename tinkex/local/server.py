@@ -1,7 +1,8 @@
 """LocalServer: the embedded server with its sockets and threads.
 
-Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and writes sockets),
-"tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (calls the engine).
+Its threads are daemon threads, and close ends all of them: "tinkex-server" (accepts, reads and
+writes sockets), "tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (calls the
+engine).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: A server that was dropped checks this often whether its last session has ended, in seconds.
+#: How often a dropped server checks whether its last session has ended, in seconds.
 _DROPPED_S = 0.1
 
-#: HTTP threads beyond those that may hold polls.
+#: Number of HTTP threads beyond those that polls and OpenAI requests may hold.
 _SPARE_THREADS = 64
 
 
@@ -51,13 +52,13 @@ def load_engine(
     *,
     progress: Optional[Callable[[str], None]] = None,
 ) -> Engine:
-    """Load the engine for *model* (minutes for a large one).
+    """Load the engine for *model*.  Takes minutes for a large model.
 
     Args:
         model: ``"deterministic"`` (needs no ML library), an alias such as ``"smollm2-135m"``, a
             Hugging Face name or a folder.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        progress: gets one line before each slow step.
+        progress: called with one line of text before each slow step.
 
     Raises:
         LocalServerError: the model cannot be loaded, or the libraries it needs are missing.
@@ -76,7 +77,7 @@ def load_engine(
 
 
 class LocalServer:
-    """The embedded server on a port of this machine.
+    """An embedded server on a port of this machine.
 
     ::
 
@@ -84,16 +85,16 @@ class LocalServer:
             print(server.url)
 
     Args:
-        engine: does the work.  The server owns it once it has started, and closes it.
+        engine: does the work.  Once started, the server owns the engine, and closes it.
         host: interface to bind; anything but loopback needs *api_key*.
         port: port to bind; 0 takes a free one.
-        data_dir: keeps runs and checkpoints from one start to the next; None takes a temporary
-            folder, which close removes.
-        api_key: what clients must send as ``X-API-Key``; None asks for none.
+        data_dir: folder that keeps runs and checkpoints from one start to the next; None uses a
+            temporary folder, which close removes.
+        api_key: the ``X-API-Key`` that clients must send; None requires none.
         session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
-        settings: everything else about it; *api_key* and *session_ttl_s* win over it.
-        access_log: gets one line of text for each response, in the thread that made
-            it; None keeps no log.
+        settings: all other settings; *api_key* and *session_ttl_s*, if given, override theirs.
+        access_log: called with one line of text for each response, in the thread that made the
+            response; None keeps no log.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class LocalServer:
         # Guards _closed: close runs once, however often it is called.
         self._lock = threading.Lock()
         self._closed = False
-        self._dropped = False  # set once, by a finalizer, so without a lock
+        self._dropped = False  # set once, by a finalizer, which must not take a lock
         self._store: Any = None
         self._backend: Any = None
         self._http: Any = None
@@ -146,7 +147,7 @@ class LocalServer:
         return folder
 
     def start(self) -> None:
-        """Bind and serve; return when requests get responses.
+        """Bind and serve; return once requests get responses.
 
         Raises:
             LocalServerError: the port is taken, the folder cannot be used, the server was started
@@ -154,7 +155,7 @@ class LocalServer:
         """
         if self._thread is not None or self._closed:
             raise LocalServerError("this server was started before; make a new one")
-        # First, so that a port in use shows before a folder or a thread is made.
+        # First, so that a port in use is reported before any folder or thread is created.
         listener = _bind(self._host, self._port)
         try:
             self._start_on(listener)
@@ -168,50 +169,53 @@ class LocalServer:
     def close(self) -> None:
         """End the server: release held polls, end the threads, close the sockets and the engine.
 
-        Takes less than two seconds, unless the engine is in the middle of long work; that ends
-        in the background.  A second call does nothing.  Thread-safe.
+        Takes less than two seconds; an engine in the middle of longer work finishes it in the
+        background.  A second call does nothing.  Thread-safe.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        # Without the lock: the rest may take two seconds, and a second call returns at once.
+        # Not under the lock: the rest may take two seconds, and a second call returns at once.
         lifecycle.untrack(self)
         # The timeouts add up to less than the two seconds in which exit hooks close everything.
         if self._thread is not None:
             self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
-            # Wakes the thread, which may wait for 30 s; after _stop is set, or it would wait again.
+            # Wakes the thread from a wait of up to 30 s.  _stop is set first, or the thread would
+            # wait again.
             self._http.pull_trigger()
-            if self._thread is not threading.current_thread():  # as after `drop`
+            # A dropped server is closed by its own thread.
+            if self._thread is not threading.current_thread():
                 self._thread.join(0.5)
-            self._http.close_all()  # only now: the trigger pulled above is one of them
+            self._http.close_all()  # only now, since it also closes the trigger pulled above
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
 
     def drop(self) -> None:
-        """Have the server close itself once no session lives on it.  Does not block.
+        """Have the server close itself once it has no live session.  Does not block.
 
-        For finalizers, which may run in any thread while it holds any lock.
+        For finalizers, which may run in any thread, whatever locks that thread holds.
         """
         if self._closed or self._thread is None:
             return
-        # First: a new server on the folder then waits for this one and is not refused.
+        # First, so that a new server on the same folder waits for this one instead of failing.
         self._store.folder_lock.ending = True
         self._dropped = True
-        with contextlib.suppress(OSError):  # it was closed at the same time
-            self._http.pull_trigger()  # writes to a pipe, and takes no lock
+        with contextlib.suppress(OSError):  # the server was closed at the same time
+            self._http.pull_trigger()  # writes to a pipe; takes no lock
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
-        """See lifecycle.Tracked: above all, the temporary folder must go."""
+        """See lifecycle.Tracked; above all, this removes the temporary folder."""
         self.close()
         if self._backend is not None:
-            self._backend.engine_thread.join(EXIT_WAIT_S)  # an exit hook made now is not run
+            # Exit hooks that are registered at this point no longer run, so wait here.
+            self._backend.engine_thread.join(EXIT_WAIT_S)
 
     def forget_after_fork(self) -> None:
-        """See lifecycle.Tracked: the threads, and the folder, are the parent's."""
-        self._lock = threading.Lock()  # the parent's may be held by a thread that is not here
+        """See lifecycle.Tracked; the threads and the folder belong to the parent."""
+        self._lock = threading.Lock()  # the old one may be held by a thread of the parent
         self._closed = True
 
     def __enter__(self) -> LocalServer:
@@ -233,11 +237,11 @@ class LocalServer:
 
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
-        # Kept before anything else is made: if that fails, `start` closes it.
+        # Assigned before anything else is created: if that fails, `start` closes the store.
         self._store = Store(self._temporary or self._data_dir or Path())
         self._backend, app, admission = self._assemble(self._engine, self._store)
         _import_for_requests()
-        # Polls, and requests of the OpenAI endpoint.
+        # Polls and OpenAI requests have separate bounds of the same size.
         held = 2 * self.settings.max_held_polls
         self._threads = HttpThreads(held + _SPARE_THREADS)
         self._http = HttpServer(
@@ -252,7 +256,7 @@ class LocalServer:
     def _assemble(
         self, engine: Engine, store: Store
     ) -> Tuple[Backend, Callable[..., Any], Admission]:
-        """Make what responds to requests: the backend, and the WSGI application in front of it.
+        """Create the backend, the WSGI application in front of it, and its admission.
 
         A subclass may put a layer between HTTP and the application.
         """
@@ -264,25 +268,28 @@ class LocalServer:
         return backend, create_app(backend, self.settings, admission), admission
 
     def _serve(self) -> None:
-        """Move bytes until close, or until no client is left; the thread tinkex-server."""
-        finishing = False  # no session lives on this server, which was dropped
+        """Run the socket loop, in the thread tinkex-server.
+
+        Return after close or, if the server was dropped, once its last session has ended.
+        """
+        finishing = False  # True once a dropped server has no live session
         while not self._stop.is_set():
             if self._dropped and not finishing and not self._backend.has_sessions():
                 finishing = True
                 self._backend.futures.close()  # held polls respond now
-            # A request may have ended the last session and not have its response yet.
+            # The request that ended the last session may not have its response yet.
             if finishing and not self._threads.is_busy:
                 break
             try:
-                # A dropped server looks often: the end of its last session wakes no socket.
+                # A dropped server checks often: the end of its last session wakes no socket.
                 self._http.serve_once(_DROPPED_S if self._dropped else 30.0)
             except OSError:
-                # Another thread closed a socket that was being polled.  Paused, so that an error
-                # that persists does not keep a core busy.
+                # Another thread closed a socket that was being polled.  The pause keeps an error
+                # that persists from using up a core.
                 _log.debug("the socket loop failed", exc_info=True)
                 time.sleep(0.01)
-        self._http.flush()  # the responses of polls that the close released
-        # The owner was garbage, so nobody else would close it.
+        self._http.flush()  # the responses of polls that futures.close() released
+        # The owner was garbage-collected, so no one else would close the server.
         if self._dropped:
             self.close()
 
@@ -293,9 +300,9 @@ class LocalServer:
 
 @contextlib.contextmanager
 def _missing_packages_reported() -> Iterator[None]:
-    """Make a LocalServerError of the import of a package that is not installed.
+    """Raise a LocalServerError if an import fails because a package is not installed.
 
-    Any other failure to import, such as one inside this package, is left as it is.
+    Any other import error, such as one inside this package, is left as it is.
     """
     try:
         yield
@@ -309,8 +316,8 @@ def _missing_packages_reported() -> Iterator[None]:
         ) from error
 
 
-#: What requests import.  A module whose import fails within a request, for want of a file
-#: descriptor, would fail each later request, too.
+#: Modules that requests use, imported before the first one: an import that fails within a request,
+#: for want of a file descriptor, would make every later request fail, too.
 _MODULES_OF_REQUESTS = (
     "tinkex.wire.json_codec",
     "tinkex.wire.proto_codec",
@@ -329,13 +336,13 @@ def _import_for_requests() -> None:
 
 
 def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
-    """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
+    """Raise LocalServerError if a server could not bind now.  Call it before loading a model."""
     _check_key(host, api_key)
     _bind(host, as_int("port", port, 0, most=65535, error=LocalServerError)).close()
 
 
 def check_folder(data_dir: Union[str, Path, None]) -> None:
-    """Raise LocalServerError if a server could not use *data_dir* now, for the same reason."""
+    """Like `check_bind`: raise LocalServerError if a server could not use *data_dir* now."""
     folder = _as_folder(data_dir)
     if folder is not None:
         check_data_dir(folder)
@@ -378,7 +385,7 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        # A restarted server gets its port although old connections linger (TIME_WAIT).
+        # A restarted server gets its port even while old connections linger (TIME_WAIT).
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
@@ -387,7 +394,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-#: The end of a sentence about choosing another port.
+#: The end of a hint to choose another port.
 _PORT = (Setting("port", ..., option="--port"), "); 0 takes a free one.")
 
 

@@ -1,7 +1,7 @@
-"""Everything that can be configured about an embedded server, in one frozen value.
+"""ServerSettings: everything that can be configured about an embedded server.
 
-LocalServer and create_app take it; callers replace single fields of it
-(``dataclasses.replace``).  No threads.
+Frozen values, which LocalServer and create_app take; change single fields with
+``dataclasses.replace``.  No threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ClientFlags:
     billing_exception_max_pause_duration_sec: int = 3600
     sample_no_retries: bool = False
     sample_enable_stuck_detection: bool = True
-    #: None: as many as polls can be held, so that a client never asks for more than that.
+    #: None: the value of `ServerSettings.max_held_polls`, so that no client exceeds it on its own.
     sample_max_concurrent_requests: Optional[int] = None
     use_pyqwest_transport: bool = True
     sample_use_retrieve_futures: bool = False
@@ -50,15 +50,15 @@ class SamplingLimits:
     """How sampling shares the engine.
 
     Args:
-        max_live_tokens: key-value cache of all live batches together, in tokens of prompt and
-            continuation.  A single request may exceed it; it then runs alone.
+        max_live_tokens: most tokens, of prompts and continuations, in the key-value caches of all
+            live batches together.  A larger request runs alone.
         max_num_samples: most continuations of one request; beyond it submissions get 400.
         max_batch_sequences: most continuations in one batch.
-        max_live_batches: most batches of the same weights that advance alternately; another one
-            starts when the others are full.
-        gather_s: a batch starts when no new request came for this long, ...
-        gather_most_s: ... or the first one has waited for this long.
-        max_loaded: most samplers the engine holds; the one unused longest makes room.
+        max_live_batches: most batches with the same weights that take turns; another batch starts
+            when those that run are full.
+        gather_s: a batch starts when no new request has arrived for this many seconds, or ...
+        gather_most_s: ... when its first request has waited for this many seconds.
+        max_loaded: most samplers' weights that the engine holds; the least recently used make room.
         max_queued: most sample requests that wait; beyond it submissions get 429.
     """
 
@@ -74,37 +74,39 @@ class SamplingLimits:
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """One embedded server.
+    """The settings of one embedded server.
 
     Args:
-        api_key: what ``X-API-Key`` must carry; None admits everyone on this machine.
+        api_key: the ``X-API-Key`` that clients must send; None admits everyone on this machine.
         allowed_hosts: names, besides those of loopback, by which a server without a key may be
             reached, such as the name of a reverse proxy; pages of these hosts may send requests.
-        jwt: clients exchange their key for a token at ``auth/token``.
+        jwt: True makes clients exchange their key for a token at ``auth/token``.
         jwt_lifetime_s: such a token is valid for this long.
-        owner_urn: who owns every session, run and checkpoint: there is one user.
+        owner_urn: the one user, who owns every session, run and checkpoint.
         org_id: the organization of that user.
         flags: the response of ``client/config``.
         dynamic_flags: the response of ``client/dynamic_config``.
-        info_message, warning_message, error_message: what ``create_session`` has clients log.
-        retrieve_hold_s: a poll for pending work gets a response after this long.
+        info_message, warning_message, error_message: messages of ``create_session`` that clients
+            log.
+        retrieve_hold_s: a poll for a pending result is held for this long at most.
         max_held_polls: most polls that are held at a time, each in a thread (about 20 KB);
-            beyond it polls get 429.  The same bound holds for requests of the OpenAI-compatible
-            endpoint.
-        metadata_threshold_bytes: a result of more bytes than this is first announced by its size,
-            to clients that allow it.
-        max_body_bytes: largest request body, compressed or not; beyond it is 413.
+            beyond it polls get 429.  Requests of the OpenAI-compatible endpoint have a bound of
+            their own of the same size.
+        metadata_threshold_bytes: the size of a result larger than this is announced before the
+            result is sent, to clients that allow it.
+        max_body_bytes: most bytes of a request body, both as sent and decompressed; beyond it
+            requests get 413.
         max_waiting_per_run: most requests of one run that wait for a missing seq_id; beyond it
-            is 429.
+            submissions get 429.
         missing_seq_id_s: requests of a run wait at least this long for a missing seq_id; then they
             fail, and clients send them again from that seq_id on.
         signed_url_lifetime_s: a signed URL of a checkpoint's files is valid for this long.
-        telemetry_kept: number of telemetry events that are kept, in memory.
+        telemetry_kept: how many telemetry events are kept in memory.
         session_ttl_s: a session without a heartbeat for this long expires.
         limits: how sampling shares the engine.
     """
 
-    # Left out of repr, and so of logs and of tracebacks that show values.
+    # Not in repr, which logs and some tracebacks show.
     api_key: Optional[str] = dataclasses.field(default=None, repr=False)
     allowed_hosts: Tuple[str, ...] = ()
     jwt: bool = False

@@ -1,4 +1,4 @@
-"""Where the metrics of a training run go: files in its folder, plots, and trackers.
+"""Outputs for the metrics of a training run: files in its folder, plots, and trackers.
 
 `open_loggers` opens them, and `read_metrics` reads the file that is always written.  The formats
 are described in docs/metrics.md.

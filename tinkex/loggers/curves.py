@@ -13,10 +13,10 @@ from tinkex.loggers.files import Row, read_metrics, replace_file
 
 PNG_NAME = "metrics.png"
 
-#: Each has a panel of its own, with the metrics that have the word in their name.
+#: Each word has its own panel, with the metrics that have it in their name.
 PANELS = ("loss", "reward")
 
-#: A plot costs at most this part of the run's time.
+#: Plotting takes at most this share of the run's time.
 _SHARE = 0.01
 
 #: The lines of a run, as `read_metrics` returns them.
@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 class Plot:
     """Draws ``metrics.png`` in *folder* with matplotlib, at most every *every_s* seconds.
 
-    It is drawn by a call of `log` when it is due, and by `close`.  For one thread.
+    `log` draws it when it is due, and `close` once more if needed.  Not thread-safe.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -52,7 +52,7 @@ class Plot:
             self._due = finished + max(self._every_s, (finished - started) / _SHARE)
 
     def close(self) -> None:
-        """Draw what was logged since the last time."""
+        """Draw once more if anything was logged since the last time."""
         if not self._drawn:
             self._draw()
 
@@ -66,13 +66,13 @@ class Plot:
 def import_figures(user: str = 'the logger "png"') -> Any:
     """Return ``matplotlib.figure``, which *user* needs; ConfigError if it is not installed.
 
-    It is used without pyplot, which keeps figures and chooses a window system.
+    pyplot is not used, since it keeps figures in memory and chooses a window system.
     """
     return import_extra("matplotlib.figure", "Figure", user=user, extra="plots")
 
 
 def panels_of(rows: Rows) -> List[List[str]]:
-    """Return the names of the metrics in each panel: those in `PANELS`, or else all in one."""
+    """Return the metric names of each panel: one per word of `PANELS`, or else all in one panel."""
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name != "step"]
     panels = [[name for name in names if word in name.lower()] for word in PANELS]
     return [panel for panel in panels if panel] or [names]
@@ -86,15 +86,15 @@ def draw(
     smoothing: float = 0.0,
     log_scale: bool = False,
 ) -> Any:
-    """Return a new figure of ``matplotlib.figure`` with the curves of *runs*, by their labels.
+    """Return a new ``matplotlib.figure.Figure`` with the curves of *runs*, labelled by their keys.
 
     Args:
-        figures: what `import_figures` returns.
-        runs: the lines of each run.
+        figures: the module that `import_figures` returns.
+        runs: the rows of each run, by label.
         panels: the names of the metrics in each panel.
-        smoothing: weight of what was before in a moving average, from 0 to below 1; with more than
-            0, the curves as they are stand behind it.
-        log_scale: logarithmic vertical axes.
+        smoothing: weight of earlier values in the moving average, from 0 to below 1; if it is not
+            0, the unsmoothed curves are drawn behind.
+        log_scale: whether vertical axes are logarithmic.
     """
     figure = figures.Figure(figsize=(8, 4 * len(panels)), layout="constrained")
     for axes, names in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
@@ -123,9 +123,9 @@ def png_of(figure: Any) -> bytes:
 
 
 def smoothed(values: Sequence[float], weight: float) -> List[float]:
-    """Return the exponential moving average of *values*, corrected for its start; nan is skipped.
+    """Return the bias-corrected exponential moving average of *values*; nan is skipped.
 
-    The page of the embedded server draws the same.
+    The embedded server's page draws the same average.
     """
     found: List[float] = []
     total = norm = 0.0

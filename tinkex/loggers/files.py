@@ -1,7 +1,7 @@
-"""The files of metrics in a run folder: ``metrics.jsonl``, and a table of the same as CSV.
+"""The metrics files of a run folder: ``metrics.jsonl``, and the same as a CSV table.
 
-Each step has one line.  A step that is done again replaces its line and all later ones,
-since the run was then continued from an earlier checkpoint.
+Each step has one line.  A repeated step replaces its line and all later ones, because it means that
+the run was continued from an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinkex.errors import RunFolderError
 METRICS_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
 
-#: The remedy where something else was given instead of a run folder.
+#: The remedy if something other than a run folder was given.
 RUN_FOLDER_HINT = (
     "Give a run folder: the one given to `tinkex train --out` or ServiceClient.open_run."
 )
@@ -29,13 +29,13 @@ Row = Dict[str, float]
 
 
 def read_metrics(folder: Union[str, Path]) -> List[Dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl`` in *folder*, also while a run is writing it.
+    """Return the lines of ``metrics.jsonl`` in *folder*, even while a run is writing it.
 
-    Each is a dict of ``"step"`` (an int) and the step's metrics; a value that was not finite is
-    nan.  Steps increase.
+    Each is a dict of ``"step"`` (an int) and the step's metrics, in ascending order of steps; a
+    value that was not finite is nan.
 
     Raises:
-        RunFolderError: the file cannot be read, or is damaged elsewhere than in its last line.
+        RunFolderError: the file cannot be read, or a line other than the last is damaged.
     """
     path = Path(folder) / METRICS_NAME
     require_folder(path.parent, RUN_FOLDER_HINT)
@@ -56,24 +56,24 @@ def read_metrics(folder: Union[str, Path]) -> List[Dict[str, Any]]:
 def require_folder(path: Path, hint: str) -> None:
     """Raise RunFolderError if *path* exists but is not a folder, such as a file of examples.
 
-    A *path* that does not exist, or cannot be looked at, is left to what opens it.
+    If *path* does not exist or cannot be inspected, opening it will raise.
     """
     if os.path.exists(path) and not os.path.isdir(path):
         raise RunFolderError(f"{path} is not a folder", hint=hint)
 
 
 class MetricsFile:
-    """Writes ``metrics.jsonl`` in *folder*.  For one thread.
+    """Writes ``metrics.jsonl`` in *folder*.  Not thread-safe.
 
-    A line counts once its line feed is there, so that a killed process can tear the last one only,
+    A line counts only with its line feed, so a killed process can leave at most a torn last line,
     which is overwritten.
 
     Attributes:
-        last_step: the last step that was in the file when it was opened; -1 if it was empty.
-        last_names: the names of its metrics.
+        last_step: the last step in the file when it was opened; -1 if it was empty.
+        last_names: the names of that step's metrics.
 
     Raises:
-        RunFolderError: the file cannot be written, or is damaged elsewhere than in its last line.
+        RunFolderError: the file cannot be written, or a line other than the last is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def rewind(self, step: int) -> None:
-        """Have the next line, of *step*, replace those of that step and later ones."""
+        """Have the next line, for *step*, replace the lines of that step and all later ones."""
         try:
             self._line.start_at(
                 sum(length for length, line in _lines(self._path) if line["step"] < step)
@@ -101,7 +101,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def log(self, step: int, row: Row) -> None:
-        """Write *row*, all metrics of *step* so far."""
+        """Write *row*, which has all metrics of *step* so far."""
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = json.dumps({"step": step, **values}, ensure_ascii=False)
         try:
@@ -118,9 +118,9 @@ class MetricsFile:
 
 
 class CsvFile:
-    """Keeps ``metrics.csv`` in *folder* equal to its ``metrics.jsonl``.  For one thread.
+    """Keeps ``metrics.csv`` in *folder* equal to its ``metrics.jsonl``.  Not thread-safe.
 
-    A metric that is new adds a column, for which the file is written again.
+    A new metric adds a column, so the whole file is written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,15 +130,15 @@ class CsvFile:
         self._columns: List[str] = []
 
     def rewind(self, step: int) -> None:
-        """Write the file again with the next line."""
+        """Write the whole file again with the next line."""
         self._columns = []
 
     def log(self, step: int, metrics: Row, row: Row) -> None:
-        """Write *row*, all metrics of *step* so far, which ``metrics.jsonl`` has already."""
+        """Write *row*, all metrics of *step* so far, which is already in ``metrics.jsonl``."""
         if self._columns and row.keys() <= set(self._columns):
             self._line.write(step, self._text([{"step": step, **row}]).encode())
             return
-        # A new column changes every line; rows are then read from the file that has them all.
+        # A new column changes every line, so read all rows from metrics.jsonl.
         rows = read_metrics(self._folder)
         self._columns = list(dict.fromkeys(name for line in rows for name in line))
         head: Dict[str, Any] = {name: name for name in self._columns}
@@ -148,7 +148,7 @@ class CsvFile:
         self._line.write(step, self._text(rows[-1:]).encode())
 
     def close(self) -> None:
-        """Do nothing: the file is open only while it is written."""
+        """Do nothing: the file is open only during writes."""
 
     def _text(self, rows: List[Dict[str, Any]]) -> str:
         text = io.StringIO()
@@ -157,11 +157,11 @@ class CsvFile:
 
 
 class _LastLine:
-    """Writes lines to the end of the file at *path*, the last one again if its step is the same."""
+    """Writes lines to the end of file *path*; replaces the last one if the step is the same."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._start = self._end = 0  # of the last line, in bytes
+        self._start = self._end = 0  # byte offsets of the last line
         self._step = -1
 
     def start_at(self, offset: int) -> None:
@@ -173,20 +173,20 @@ class _LastLine:
             self._start = self._end
         with open(self._path, "r+b", buffering=0) as file:
             try:
-                # First: a crash must not leave the tail of a longer line.
+                # Truncate first: a crash must not leave the tail of a longer line.
                 file.truncate(self._start)
                 file.seek(self._start)
                 left = memoryview(line)
                 while left:
                     left = left[file.write(left) :]
-            except OSError:  # such as a full disk: what is left of the line has no line feed
+            except OSError:  # e.g. a full disk: the partial line has no line feed
                 file.truncate(self._start)
                 raise
         self._step, self._end = step, self._start + len(line)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write *content* to *path*, where a reader finds either the earlier file or this one."""
+    """Write *content* to *path* atomically: a reader finds either the old file or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(content)
@@ -197,11 +197,11 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _lines(path: Path) -> Iterator[Tuple[int, Mapping[str, Any]]]:
-    """Yield the length in bytes of each complete line of *path*, and what it holds.
+    """Yield each complete line of *path*: its length in bytes, and its parsed content.
 
     Raises:
         OSError: the file cannot be read.
-        RunFolderError: a line is not one of `MetricsFile`.
+        RunFolderError: a line was not written by `MetricsFile`.
     """
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
@@ -214,6 +214,6 @@ def _lines(path: Path) -> Iterator[Tuple[int, Mapping[str, Any]]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise RunFolderError(
                     f"line {number} of {path} is damaged",
-                    hint="Remove that line, or move the file away: a new one is begun.",
+                    hint="Remove that line, or move the file away: a new one is then started.",
                 ) from error
             yield len(text), line

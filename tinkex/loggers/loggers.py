@@ -1,4 +1,4 @@
-"""Loggers: sends the metrics of a run to its ``metrics.jsonl``, and to what else is wanted."""
+"""Loggers: sends the metrics of a run to its ``metrics.jsonl``, and to further outputs."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ NAMES = ("csv", "png", "tensorboard", "wandb", "trackio")
 
 
 class Logger(Protocol):
-    """What recipes log to: `Loggers`, or an object of yours."""
+    """What recipes log to: `Loggers`, or an object of your own."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of *step*, counted from 0 over the whole run."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""
 
 
 class Output(Protocol):
     """One of the places that `Loggers` writes to."""
 
     def rewind(self, step: int) -> None:
-        """Prepare for *step*: the first one logged, or one before the last one logged."""
+        """Prepare for *step*, which is the first one logged, or precedes the last one logged."""
 
     def log(self, step: int, metrics: Row, row: Row) -> None:
         """Take *metrics*, which are new, and *row*, all metrics of *step* so far."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""
 
 
 class Loggers:
-    """Sends metrics to several outputs, until it is closed.  For one thread.
+    """Sends metrics to several outputs, until it is closed.  Not thread-safe.
 
-    Made by `open_loggers`.  It is a context manager, which closes it.
-    An output that fails is left out from then on, with a warning, since the run is worth more than
-    its plot.  If ``metrics.jsonl`` cannot be written, `log` raises.
+    Made by `open_loggers`.  Leaving its ``with`` block closes it.  An output that fails is dropped
+    with a warning, since the run is worth more than its plot.  If ``metrics.jsonl`` cannot be
+    written, `log` raises.
     """
 
     def __init__(self, file: MetricsFile, others: Mapping[str, Output]) -> None:
@@ -66,10 +66,10 @@ class Loggers:
         self._closed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log *metrics* of *step*; more may be logged for the same step until the next one.
+        """Log *metrics* of *step*; further calls may add metrics to the same step.
 
-        The first call, and any for a step before the last one, mean that the run was continued
-        there: lines of that step and later ones are dropped from the files.
+        The first call, and any call for a step before the last one, means that the run was
+        continued at that step: lines of that step and of later ones are dropped from the files.
 
         Args:
             step: from 0, over the whole run.
@@ -77,8 +77,8 @@ class Loggers:
 
         Raises:
             InvalidInputError: a metric is not a number, or is named ``"step"``.
-            RunFolderError: ``metrics.jsonl`` cannot be written, as on a full disk.
-            ClientClosedError: it was closed.
+            RunFolderError: ``metrics.jsonl`` cannot be written, e.g. because the disk is full.
+            ClientClosedError: these loggers were closed.
         """
         if self._closed:
             raise ClientClosedError("these loggers were closed")
@@ -89,7 +89,7 @@ class Loggers:
         rewound = self._row is None or step < self._step
         earlier = {} if rewound or step > self._step else self._row
         row = {**(earlier or {}), **new}
-        # First the file, which raises: what it lacks must not be in the other outputs.
+        # Write the file first, which may raise: other outputs must not have what the file lacks.
         if rewound:
             self._file.rewind(step)
         self._file.log(step, row)
@@ -101,7 +101,7 @@ class Loggers:
                 output.log(step, new, row)
 
     def close(self) -> None:
-        """Write what is left, and wait until trackers have sent it; idempotent."""
+        """Write remaining metrics, and wait until trackers have sent theirs.  Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -116,7 +116,7 @@ class Loggers:
         except Exception as error:
             del self._others[name]
             logger.warning(
-                "the logger %r failed and is left out from now on: %s", name, error, exc_info=True
+                "the logger %r failed; the run goes on without it: %s", name, error, exc_info=True
             )
 
     def __enter__(self) -> Loggers:
@@ -132,7 +132,7 @@ class Loggers:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Import the packages that the outputs *names* need, before a run costs time and money.
+    """Import the packages that the outputs *names* need, before the run spends time and money.
 
     Raises:
         InvalidInputError: a name is unknown.
@@ -160,17 +160,17 @@ def open_loggers(
     config: Optional[Mapping[str, Any]] = None,
     plot_every_s: float = 60.0,
 ) -> Loggers:
-    """Open the loggers of a run folder, which is made if it is missing.
+    """Open the loggers of a run folder, which is created if it is missing.
 
-    ``metrics.jsonl`` is always written.  All files are in *folder*, and are continued when it is
-    opened again, except what trackers have sent to their servers.
+    ``metrics.jsonl`` is always written.  All files are in *folder*, and continue when it is opened
+    again.  What trackers have sent to their servers stays there.
 
     Args:
         folder: the run folder.
-        names: more outputs, of `NAMES`: ``"csv"``, ``"png"`` (needs ``tinkex[plots]``),
+        names: further outputs, out of `NAMES`: ``"csv"``, ``"png"`` (needs ``tinkex[plots]``),
             ``"tensorboard"``, ``"wandb"`` and ``"trackio"`` (the extras of these names).
-        config: settings of the run, which wandb and trackio keep with it.
-        plot_every_s: seconds between two plots, at least; one is also drawn at the end.
+        config: settings of the run, which wandb and trackio record.
+        plot_every_s: minimum seconds between two plots; one more is drawn at the end.
 
     Raises:
         InvalidInputError: a name is unknown.
@@ -198,7 +198,7 @@ def open_loggers(
 
 
 def _numbers(metrics: Mapping[str, float]) -> Row:
-    """Return *metrics* as ints and floats of Python."""
+    """Return *metrics* as Python ints and floats."""
     row: Row = {}
     for name, value in metrics.items():
         if not isinstance(name, str) or name == "step":

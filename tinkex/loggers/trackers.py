@@ -12,17 +12,17 @@ from tinkex._runtime.late_import import import_extra, import_late
 from tinkex.errors import ConfigError
 from tinkex.loggers.files import MetricsFile, Row
 
-#: Holds the id by which a run folder's metrics are found again when it is continued.
+#: File with the id by which a tracker recognizes the run when it is continued.
 ID_NAME = "tracker-id"
 
 
 class TensorBoard:
-    """Writes event files to ``tensorboard/`` in *folder*.  For one thread.
+    """Writes event files to ``tensorboard/`` in *folder*.  Not thread-safe.
 
-    By tensorboardX, which needs no torch; or else by torch.
+    Uses tensorboardX, which needs no torch, or else torch.
 
     Raises:
-        ConfigError: neither is installed.
+        ConfigError: neither package is installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,9 +31,10 @@ class TensorBoard:
         self._writer: Any = None
 
     def rewind(self, step: int) -> None:
-        """Have TensorBoard leave out what was written for *step* and later ones."""
+        """Have TensorBoard ignore what was written earlier for *step* and later steps."""
         self.close()
-        # Files are named after the second, and one of the same name would be overwritten.
+        # File names have a resolution of one second, and a file of the same name would be
+        # overwritten.
         suffix = f".{uuid.uuid4().hex[:8]}"
         self._writer = self._module.SummaryWriter(
             str(self._folder), purge_step=step, filename_suffix=suffix
@@ -45,7 +46,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the event file, which writes what is left."""
+        """Close the event file, which flushes it."""
         if self._writer is not None:
             self._writer.close()
 
@@ -62,16 +63,16 @@ def import_tensorboard() -> Any:
 
 
 class Tracker:
-    """Sends metrics to a run of wandb or trackio, neither of which replaces what it has.
+    """Sends metrics to a run of wandb or trackio, neither of which can replace what it has.
 
-    So steps that are done again after a crash are not sent again.  Of the last step that was sent,
-    metrics that are new are: a run that was finished and goes on trains the step whose row held the
-    held-out loss at its end.  For one thread.
+    So steps that are repeated after a crash are not sent again.  The exception is new metrics of
+    the last step sent: continuing a finished run trains that step, whose row so far has only the
+    final held-out loss.  Not thread-safe.
 
     Args:
-        run: what the package's ``init`` has returned.
-        file: what was logged before.
-        send: sends metrics of a step.
+        run: the run that the package's ``init`` returned.
+        file: the run's metrics file, which has what was logged before.
+        send: sends the metrics of a step.
     """
 
     def __init__(self, run: Any, file: MetricsFile, send: Callable[[int, Row], object]) -> None:
@@ -82,11 +83,11 @@ class Tracker:
         self._skip_to = self._sent
 
     def rewind(self, step: int) -> None:
-        """Leave out the steps that were sent."""
+        """From now on, skip the steps that were sent before."""
         self._skip_to = self._sent
 
     def log(self, step: int, metrics: Row, row: Row) -> None:
-        """Send *metrics* of *step*, but not what was sent in an earlier part of the run."""
+        """Send *metrics* of *step*, except those sent before the last `rewind`."""
         if step == self._skip_to:
             metrics = {n: value for n, value in metrics.items() if n not in self._sent_names}
         if step < self._skip_to or not metrics:
@@ -115,7 +116,7 @@ def open_wandb(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> Tr
     """Open the wandb run of *folder*, named after it; settings are read from ``WANDB_...``.
 
     Raises:
-        ConfigError: wandb is not installed, or cannot start, as without a login.
+        ConfigError: wandb is not installed, or cannot start, e.g. without a login.
     """
     module = import_wandb()
     try:
@@ -127,7 +128,7 @@ def open_wandb(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> Tr
             config=dict(config),
             resume="allow",
         )
-        # wandb's own count of steps takes nothing for a step that it has seen.
+        # wandb's own step counter accepts nothing for a step that it has already seen.
         run.define_metric("*", step_metric="step")
     except Exception as error:
         hint = "Run `wandb login`, or set WANDB_MODE=offline to write to the run folder only."
@@ -155,7 +156,7 @@ def open_trackio(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> 
 
 
 def tracker_id(folder: Path) -> str:
-    """Return the id of the run in *folder*, which is generated the first time."""
+    """Return the tracker id of the run in *folder*, generated the first time."""
     path = folder / ID_NAME
     if not path.exists():
         path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """A server for your own tests: real HTTP, deterministic, with faults on demand (docs/testing.md).
 
-Needs ``pip install "tinkex[testing]"``, and no machine learning library.  Nothing is imported
-before it is used, so that the pytest plugin costs nothing where it is not used.
+Needs ``pip install "tinkex[testing]"``, and no machine learning library.  Submodules are imported
+only when used, so that the pytest plugin costs nothing in projects that do not use it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The deterministic engine, which records in the journal what it has done, and its tokenizer."""
+"""A deterministic engine that records its work in the journal, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RecordingEngine(DeterministicEngine):
 
     Args:
         journal: gets an entry after each success.
-        models: the name of the model, and its aliases.
+        models: the model's name, followed by its aliases.
     """
 
     def __init__(self, journal: Journal, models: Sequence[str], **facts: Any) -> None:

@@ -1,6 +1,6 @@
-"""One request and its reply, as a fault sees them, and sending the reply byte by byte.
+"""One request and its reply, as a fault sees them, and sending the reply in pieces.
 
-Runs in the HTTP thread of the request (``tinkex-http-i``).
+Runs in the request's HTTP thread (``tinkex-http-i``).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A response, and how it is sent.
+    """A response, and how to send it.
 
     Attributes:
-        status, headers, body: the response; its Content-Length is that of *body*.
-        close_after: close the connection after this many bytes of the body; None sends all.
+        status, headers, body: the response; its Content-Length is the length of *body*.
+        close_after: close the connection after this many bytes of the body; None sends it all.
         piece: send at most this many bytes at a time; None sends the body in one piece ...
         pause_s: ... with a pause of this many seconds before each piece.
     """
@@ -60,7 +60,7 @@ class Exchange:
     """One request that a fault was injected for.
 
     Attributes:
-        request: what was received.
+        request: the request, as received.
         server: the `FakeServer` that received it.
     """
 
@@ -79,19 +79,19 @@ class Exchange:
         self._script = script
         self._environ = environ
         self._application = application
-        self._stops = script.stops  # before any wait: a stop that comes first must not be missed
+        self._stops = script.stops  # before any wait, so that no stop is missed
 
     def work(self) -> Reply:
         """Have the server process the request, and return its response."""
         from werkzeug.test import run_wsgi_app
 
         parts, status, headers = run_wsgi_app(self._application, self._environ, buffered=True)
-        # `_send` sets it: a fault may have changed the body.
+        # `_send` sets Content-Length, as a fault may change the body.
         kept = tuple((k, v) for k, v in headers if k.lower() != "content-length")
         return Reply(int(status.split()[0]), kept, b"".join(parts))
 
     def wait(self, seconds: Optional[float] = None) -> None:
-        """Block until the injection is released or the server stops, at most *seconds*."""
+        """Block until the injection is released or the server stops, for at most *seconds*."""
         self._script.wait(self._injection, seconds, self._stops)
 
 
@@ -125,7 +125,7 @@ class FaultLayer:
         return self._send(exchange, reply, environ, start_response)
 
     def _receive(self, environ: Environ) -> ReceivedRequest:
-        # Read here, for the journal; the application gets a stream of its own.
+        # Read the body here, for the journal; the application gets a new stream of it.
         body = environ["wsgi.input"].read()
         environ["wsgi.input"] = io.BytesIO(body)
         headers = {
@@ -158,7 +158,7 @@ class FaultLayer:
 
 
 def _pieces(exchange: Exchange, reply: Reply, environ: Environ) -> Iterator[bytes]:
-    """Yield the body piece by piece; waitress sends each immediately."""
+    """Yield the body piece by piece; waitress sends each piece immediately."""
     body = reply.body[: reply.close_after]
     step = reply.piece or len(body) or 1
     for start in range(0, len(body), step):
@@ -173,12 +173,12 @@ def _pieces(exchange: Exchange, reply: Reply, environ: Environ) -> Iterator[byte
 
 
 def _hang_up(environ: Environ) -> NoReturn:
-    """Close the connection after what was sent so far."""
+    """Close the connection after what has been sent so far."""
     from waitress.channel import ClientDisconnected
 
-    # waitress puts a bound method of the connection's channel there.
+    # waitress stores a bound method of the connection's channel under this key.
     channel = environ["waitress.client_disconnected"].__self__
-    # The client, or the end of the server, may have been faster: then there is no socket.
+    # If the client hung up or the server ended first, there is no socket any more.
     with contextlib.suppress(OSError, AttributeError):
         channel.socket.shutdown(socket.SHUT_RDWR)
-    raise ClientDisconnected  # which ends the task, and is no error to waitress
+    raise ClientDisconnected  # ends the task; waitress does not treat it as an error

@@ -1,7 +1,7 @@
-"""Faults for a `FakeServer` to have.
+"""Faults to inject into a `FakeServer`.
 
-Each is a value that `FakeServer.inject` takes.  A fault of your own is any function of an
-`Exchange` that returns a `Reply`, or None to close the connection without a response.
+Pass any of them to `FakeServer.inject`.  A fault of your own is any function of an `Exchange` that
+returns a `Reply`, or None to close the connection without a response.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional, Tuple, Union
 
 from tinkex.testing.exchange import Exchange, Reply
 
-#: A body that needs two thousand pieces would take minutes to trickle.
+#: A limit, because a body in thousands of pieces would take minutes to trickle.
 _MOST_PIECES = 20
 
 
@@ -29,7 +29,7 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """Respond only after `Injection.release`; the work is done before or after the wait."""
+    """Respond only after `Injection.release`; do the work after the wait, or before it."""
 
     after_work: bool = False
 
@@ -41,7 +41,7 @@ class Hold:
 
 @dataclasses.dataclass(frozen=True)
 class LoseResponse:
-    """Do the work and never respond: the client waits until it times out."""
+    """Do the work but never respond: the client waits until it times out."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
         exchange.work()
@@ -115,7 +115,7 @@ class Garble:
 
 @dataclasses.dataclass(frozen=True)
 class Trickle:
-    """Do the work, and send the body in small pieces, *pause_s* seconds apart (at most 20)."""
+    """Do the work, and send the body in up to 20 pieces, *pause_s* seconds apart."""
 
     pause_s: float = 0.01
 
@@ -127,7 +127,7 @@ class Trickle:
 
 @dataclasses.dataclass(frozen=True)
 class ExpireResult:
-    """Finish the work that a ``retrieve_future`` polls for, drop its result, and report that."""
+    """Finish the work of a ``retrieve_future``, drop its result, and report that it expired."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
         exchange.server.drop_result(exchange.request.json()["request_id"])
@@ -136,7 +136,7 @@ class ExpireResult:
 
 @dataclasses.dataclass(frozen=True)
 class ExpireSessions:
-    """Let all sessions expire as if their heartbeats had stopped; the server then reports that."""
+    """Expire all sessions, as if their heartbeats had stopped; the server then reports that."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
         exchange.server.expire_sessions()
@@ -153,7 +153,7 @@ class Restart:
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
         if self.after_work:
             exchange.work()
-        # In another thread: the restart waits until this request has ended.
+        # In another thread, because the restart waits until this request has ended.
         exchange.server.restart_soon(keep_state=self.keep_state)
         exchange.wait()  # until the server stops
         return None

@@ -1,4 +1,4 @@
-"""What a `FakeServer` has received, and what it has done."""
+"""What a `FakeServer` has received and done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 from fnmatch import fnmatchcase
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-#: POST routes that only look, or that a client repeats by design: twice is not twice the work.
+#: POST routes that only read, or that clients repeat by design: a repeated request is not repeated
+#: work.
 _REPEATABLE = re.compile(
     r"/api/v1/(retrieve_futures?|session_heartbeat|client/.*|telemetry|get_info|weights_info|"
     r"cancel_future|sessions/.*|auth/.*)"
@@ -22,12 +23,12 @@ class ReceivedRequest:
     """One request, as the server received it.
 
     Attributes:
-        index: counts all requests from 0.
+        index: number of the request among all, from 0.
         method, path: as in ``POST`` and ``/api/v1/optim_step``, without the query.
-        query: what follows the question mark.
+        query: the part after the question mark.
         headers: with lower-case names.
         body: as sent, possibly compressed.
-        at: when it was complete, in seconds of the monotonic clock.
+        at: when all of it had arrived, in seconds of the monotonic clock.
     """
 
     index: int
@@ -43,14 +44,14 @@ class ReceivedRequest:
         return json.loads(self.body)
 
     def matches(self, pattern: str) -> bool:
-        """True if *pattern* of `route_pattern` fits method and path."""
+        """Return whether *pattern*, from `route_pattern`, fits method and path."""
         return fnmatchcase(f"{self.method} {self.path}", pattern)
 
 
 def route_pattern(route: str) -> str:
-    """Return the pattern, for "METHOD /path", that *route* stands for.
+    """Return the pattern of "METHOD /path" strings that *route* stands for.
 
-    *route* may lack the method (then any fits) and ``/api/v1/``; ``*`` stands for any text.
+    *route* may omit the method (then any fits) and ``/api/v1/``; ``*`` stands for any text.
     """
     method, space, path = route.rpartition(" ")
     if not path.startswith(("/", "*")):
@@ -61,19 +62,19 @@ def route_pattern(route: str) -> str:
 class Journal:
     """All requests of a server, in order, and the work that they caused.  Thread-safe.
 
-    It outlives restarts of the server and can be read after its end.  Every method returns a
-    snapshot of its own.
+    It survives restarts of the server and can still be read after the server is closed.  Every
+    method returns a new snapshot.
     """
 
     def __init__(self) -> None:
         # Guards both lists.
         self._lock = threading.Lock()
         self._requests: List[ReceivedRequest] = []
-        self._executed: List[Tuple[str, str]] = []  # run or sampler, and what was done
+        self._executed: List[Tuple[str, str]] = []  # id of the run or sampler, kind of work
 
     @property
     def requests(self) -> List[ReceivedRequest]:
-        """Everything received, in order."""
+        """All requests received, in order."""
         with self._lock:
             return list(self._requests)
 
@@ -83,7 +84,7 @@ class Journal:
         return [request for request in self.requests if request.matches(pattern)]
 
     def duplicates(self) -> List[List[ReceivedRequest]]:
-        """Return the requests for work that came more than once, each with its repetitions.
+        """Return the requests for work that arrived more than once, each with its repetitions.
 
         A client sends a request again if it got no response.  The server must then do the work only
         once; see `executed`.
@@ -101,8 +102,8 @@ class Journal:
 
         *run* is a `TrainingClient`, a `SamplingClient` or an id.  Entries are ``"create"``,
         ``"forward"``, ``"forward_backward"``, ``"optim_step"``, ``"save"``, ``"export"`` (weights
-        for a sampler), ``"load"`` and ``"sample"``, once for each request; work that failed is not
-        among them.  A call with many datums may take several requests.
+        for a sampler), ``"load"`` and ``"sample"``, once for each request; failed work is not
+        listed.  A call with many datums may take several requests.
         """
         wanted = None if run is None else _id_of(run)
         with self._lock:

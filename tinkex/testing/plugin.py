@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures `tinkex_server` and `tinkex_service` (docs/testing.md).
 
-pytest imports this module in every run, so it imports nothing else before a fixture is used.
+pytest imports this module in every run, so it imports nothing more until a fixture is used.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from tinkex import ServiceClient
     from tinkex.testing.server import FakeServer
 
-#: Sent by clients that the tested code makes; the server requires none.
+#: Sent by clients that the tested code creates; the server requires no key.
 _KEY = "tml-fake"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker."""
+    """Register the marker."""
     config.addinivalue_line(
         "markers",
         "tinkex_server(**options): options of tinkex.testing.FakeServer for the fixture, "
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def tinkex_server(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeServer]:
-    """A running `tinkex.testing.FakeServer`, which clients without a base_url are sent to."""
+    """A running `tinkex.testing.FakeServer`, to which clients without a base_url connect."""
     from tinkex.testing.server import FakeServer
 
     marker = request.node.get_closest_marker("tinkex_server")
@@ -43,7 +43,7 @@ def tinkex_server(
 
 @pytest.fixture
 def tinkex_service(tinkex_server: FakeServer) -> Iterator[ServiceClient]:
-    """A `ServiceClient` of `tinkex_server`.  It takes 5 s, not minutes, to miss a response."""
+    """A `ServiceClient` of `tinkex_server`, which gives up on a lost response after 5 s."""
     from tinkex import ServiceClient
 
     with ServiceClient(read_timeout_s=5.0, poll_timeout_s=5.0) as service:

@@ -1,4 +1,4 @@
-"""Which fault strikes which request: routes, call numbers, and releasing what is held."""
+"""Which fault strikes which request: routes, call numbers, and releasing held requests."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tinkex.testing.journal import ReceivedRequest, route_pattern
 if TYPE_CHECKING:
     from tinkex.testing.exchange import Exchange, Reply
 
-#: Takes the exchange of one request and returns what is sent; None closes the connection.
+#: Takes the exchange of one request and returns the reply; None closes the connection.
 Fault = Callable[["Exchange"], Optional["Reply"]]
 
 
 class ServerStopped(Exception):
-    """The server stops while it holds a request."""
+    """The server is stopping while it holds a request."""
 
 
 class Script:
-    """The injections of one server, and what wakes the requests that they hold.  Thread-safe."""
+    """The injections of one server, and the condition that wakes held requests.  Thread-safe."""
 
     def __init__(self) -> None:
         # Guards everything below and all injections; notified when one of them changes.
         self.changed = threading.Condition()
         self._injections: List[Injection] = []
-        self._stops = 0  # of the server; what is held at one is dropped
+        self._stops = 0  # how often the server has stopped
 
     def add(self, route: str, fault: Fault, call: int, times: Optional[int]) -> Injection:
         """Add an injection; see `FakeServer.inject`."""
@@ -37,10 +37,10 @@ class Script:
         return injection
 
     def find(self, request: ReceivedRequest) -> Optional[Injection]:
-        """Count *request*, and return the first injection that strikes it, if any does."""
+        """Count *request*; return the first injection that strikes it, or None."""
         found: Optional[Injection] = None
         with self.changed:
-            # All of them count the request, also those behind the one that strikes.
+            # Every injection counts the request, even those after the one that strikes.
             for injection in self._injections:
                 if injection.counts_locked(request) and found is None:
                     found = injection
@@ -50,14 +50,14 @@ class Script:
         return found
 
     def remove(self, injection: Injection) -> None:
-        """Have *injection* strike no more; what it holds is released."""
+        """Stop *injection* from striking, and release the requests that it holds."""
         with self.changed:
             if injection in self._injections:
                 self._injections.remove(injection)
         injection.release()
 
     def stop(self) -> None:
-        """Wake everything that is held: the server is about to stop."""
+        """Drop all held requests: the server is about to stop."""
         with self.changed:
             self._stops += 1
             self.changed.notify_all()
@@ -69,13 +69,13 @@ class Script:
             return self._stops
 
     def wait(self, injection: Injection, seconds: Optional[float], stops: int) -> None:
-        """Wait until *injection* is released, but no longer than *seconds*.
+        """Wait until *injection* is released, for at most *seconds*.
 
         Raises:
-            ServerStopped: the server stops, or has stopped more often than *stops*.
+            ServerStopped: the server has stopped more than *stops* times, perhaps during the wait.
         """
-        # The count of stops and not a flag: after a restart, requests of the new server are held
-        # while those of the old one must end.
+        # A count of stops rather than a flag: after a restart, requests to the new server may be
+        # held while those to the old one must end.
         with self.changed:
             self.changed.wait_for(lambda: injection.is_released or self._stops > stops, seconds)
             if self._stops > stops:
@@ -84,11 +84,11 @@ class Script:
 
 @dataclasses.dataclass
 class Injection:
-    """A fault in the script of a `FakeServer`, made by `FakeServer.inject`.  Thread-safe.
+    """A fault injected into a `FakeServer`, as returned by `FakeServer.inject`.  Thread-safe.
 
     Attributes:
-        route, fault, call, times: as given.
-        struck: the requests that it struck, so far.
+        route, fault, call, times: as given to `FakeServer.inject`.
+        struck: the requests struck so far.
     """
 
     _script: Script = dataclasses.field(repr=False)
@@ -107,7 +107,7 @@ class Injection:
         """Block until the fault has struck, and return the first request that it struck.
 
         Raises:
-            TimeoutError: it did not within *timeout_s*.
+            TimeoutError: the fault has not struck within *timeout_s*.
         """
         deadline = time.monotonic() + timeout_s
         with self._script.changed:
@@ -116,22 +116,22 @@ class Injection:
             ):
                 raise TimeoutError(
                     f"{self.fault!r} was not applied within {timeout_s:g} s: call {self.call} of "
-                    f"{self.route!r} has not come; {self._seen} came"
+                    f"{self.route!r} has not arrived; {self._seen} have"
                 )
             return self.struck[0]
 
     def release(self) -> None:
-        """Let go what the fault holds, now and from now on."""
+        """Release the requests that the fault holds; from now on it holds none."""
         with self._script.changed:
             self.is_released = True
             self._script.changed.notify_all()
 
     def remove(self) -> None:
-        """End the fault: it strikes no more, and what it holds is released."""
+        """End the fault: it strikes no more, and the requests that it holds are released."""
         self._script.remove(self)
 
     def counts_locked(self, request: ReceivedRequest) -> bool:
-        """Count *request* if the route fits; True if it is one to strike (for the script)."""
+        """Count *request* if the route fits; return whether to strike it (for the script)."""
         if not request.matches(self._pattern):
             return False
         self._seen += 1

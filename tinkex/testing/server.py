@@ -1,6 +1,6 @@
-"""FakeServer: the embedded server with the deterministic engine, with faults and a journal.
+"""FakeServer: the embedded server with the deterministic engine, faults and a journal.
 
-Threads: those of LocalServer, and "tinkex-restart" while a fault restarts the server.
+Threads: LocalServer's, and "tinkex-restart" while a fault restarts the server.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tinkex.testing.exchange import FaultLayer
 from tinkex.testing.journal import Journal, route_pattern
 from tinkex.testing.script import Fault, Injection, Script
 
-#: How long a result is waited for before it is dropped, in seconds.
+#: How long to wait for a result that is to be dropped, in seconds.
 _RESULT_S = 30.0
 
-#: Tokens below this decode with every common tokenizer, and none of them is a lone surrogate.
+#: Token ids below this decode with every common tokenizer, and none of them is a lone surrogate.
 DEFAULT_VOCABULARY = 32_000
 
 
@@ -38,7 +38,7 @@ class FakeServer:
 
     It is the embedded server with its deterministic engine (no machine learning library is
     needed), so it checks requests as strictly as the real one.  Losses fall with each optimizer
-    step; samples depend on the prompt, the seed and the steps alone.  Thread-safe.  ::
+    step; samples depend only on prompt, seed and number of steps.  Thread-safe.  ::
 
         with FakeServer() as server, ServiceClient(base_url=server.url) as service:
             server.inject("optim_step", faults.Drop(after_work=True), call=3)
@@ -46,16 +46,16 @@ class FakeServer:
             assert server.journal.executed_steps(run) == 10
 
     Args:
-        models: names of the one base model, any of which clients may use.
-        vocab_size: token ids lie below this; give the size of your tokenizer if it is larger.
-        context_length: most tokens of prompt and continuation together.
-        api_key: what clients must send; None admits everyone on this machine.
+        models: names of its one base model; clients may use any of them.
+        vocab_size: token ids are less than this; give your tokenizer's size if it is larger.
+        context_length: maximum number of tokens of prompt and continuation together.
+        api_key: the key that clients must send; None admits everyone on this machine.
         session_ttl_s: a session without a heartbeat for this long expires.
-        settings: everything else about the server.  By default it holds polls and waits for missing
-            requests for a second or two, not for a minute.
+        settings: all other settings of the server.  By default it holds polls, and waits for
+            missing requests, for a second or two instead of a minute.
 
     Attributes:
-        journal: what was received and executed.
+        journal: the requests received and the work executed.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class FakeServer:
         self._engine_facts = {"vocab_size": vocab_size, "context_length": context_length}
         self._api_key = api_key
         self._session_ttl_s = session_ttl_s
-        # A response that was lost or forged should cost a test little time.
+        # A lost or forged response should cost a test little time.
         quick = ServerSettings(retrieve_hold_s=2.0, missing_seq_id_s=1.0)
         self._settings = quick if settings is None else settings
         self.journal = Journal()
         self._script = Script()
         self._clock = _Clock()
         self._port = 0
-        self._folder: Optional[Path] = None  # of all states of the server
+        self._folder: Optional[Path] = None  # holds a folder for each state of the server
         self._states = 0
-        # Serialises start, restart and close; held while they work.
+        # Serializes start, restart and close, which hold it throughout.
         self._lock = threading.Lock()
         self._server: Optional[_Server] = None
         self._closed = False
@@ -91,7 +91,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        """Base URL for clients; the same after a restart.  LocalServerError before start."""
+        """Base URL for clients; a restart keeps it.  LocalServerError before start."""
         if not self._port:
             raise LocalServerError(
                 "the server was not started", hint="Call start(), or use `with`."
@@ -99,25 +99,25 @@ class FakeServer:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Serve; takes some 20 ms, after imports.
+        """Start serving; takes about 20 ms, once modules are imported.
 
         Raises:
-            LocalServerError: it was started before, or Flask or waitress is not installed.
+            LocalServerError: the server was started before, or Flask or waitress is not installed.
         """
         with self._lock:
             if self._closed or self._server is not None:
                 raise LocalServerError("this server was started before; make a new one")
             self._folder = Path(tempfile.mkdtemp(prefix="tinkex-fake-"))
-            # For a server that is never closed, as in a test that fails while it is made.
+            # For a server that is never closed, e.g. because a test fails while setting it up.
             weakref.finalize(self, shutil.rmtree, str(self._folder), ignore_errors=True)
             self._start_locked()
 
     def close(self) -> None:
-        """Stop; held requests are dropped.  A second call does nothing."""
+        """Stop the server, dropping held requests.  Idempotent."""
         with self._lock:
             self._closed = True
             self._stop_locked()
-        # Without the lock, which a restart takes before it sees that the server was closed.
+        # Join without the lock: a restart takes it before it sees that the server is closed.
         for thread in self._restarts:
             thread.join()
         if self._folder is not None:
@@ -146,9 +146,9 @@ class FakeServer:
 
         Args:
             route: such as ``"optim_step"``, ``"GET checkpoints"`` or ``"/v1/completions"``; ``*``
-                stands for any text, and alone for every request, heartbeats included.
+                stands for any text; by itself, for every request, including heartbeats.
             fault: one of `tinkex.testing.faults`, or a function of an `Exchange`.
-            call: the first request to strike, counted from 1 as of now.
+            call: the first request to strike, counting from 1, starting now.
             times: number of consecutive requests to strike; None strikes all from *call* on.
 
         Raises:
@@ -170,11 +170,11 @@ class FakeServer:
         return self._running().live_sessions()
 
     def expire_sessions(self) -> None:
-        """Let every session expire, as if no heartbeat had come for its time to live.
+        """Expire every session, as if no heartbeat had arrived for its time to live.
 
-        The server's clock moves forward by that time; new sessions live as usual.
+        This moves the server's clock forward by that time; new sessions live as usual.
         """
-        # By the server's own clock and housekeeping, as sessions expire without heartbeats.
+        # Uses the server's own clock and housekeeping, just as when heartbeats stop.
         server = self._running(wait=False)
         self._clock.advance(server.settings.session_ttl_s)
         server.request_housekeeping()
@@ -184,10 +184,11 @@ class FakeServer:
         self._running(wait=False).drop_result(request_id)
 
     def restart(self, *, keep_state: bool = True) -> None:
-        """Stop the server and start it again, on the same port.
+        """Stop the server and start it again on the same port.
 
-        As always with a restart, sessions and runs in memory are lost.  With *keep_state*, the new
-        server knows the old checkpoints; without, it knows nothing.  Blocks until it serves.
+        As with any restart, sessions and runs in memory are lost.  With *keep_state*, the new
+        server still has the old checkpoints; without it, the new server starts empty.  Blocks until
+        it serves.
         """
         with self._lock:
             if self._closed:
@@ -198,7 +199,7 @@ class FakeServer:
             self._start_locked()
 
     def restart_soon(self, *, keep_state: bool = True) -> None:
-        """Restart from the thread of a request, which cannot wait for its own end."""
+        """Restart from a request's thread, which cannot wait for its own request to end."""
         thread = threading.Thread(
             target=self.restart,
             kwargs={"keep_state": keep_state},
@@ -211,15 +212,15 @@ class FakeServer:
     # Inside
 
     def _make_engine(self, models: Sequence[str], **facts: Any) -> Engine:
-        """Make the deterministic engine that writes down in the journal what it does."""
+        """Create the deterministic engine that records its work in the journal."""
         from tinkex.testing.engine import RecordingEngine
 
         return RecordingEngine(self.journal, models, **facts)
 
     def _running(self, *, wait: bool = True) -> _Server:
-        """Return the server, after a restart that is under way.
+        """Return the server; if a restart is under way, wait until it is done.
 
-        What a fault calls must not *wait*: the restart waits for the requests.
+        Methods that faults call must not *wait*: the restart waits for their requests to end.
         """
         with self._lock if wait else contextlib.nullcontext():
             server = self._server
@@ -246,7 +247,7 @@ class FakeServer:
 
     def _stop_locked(self) -> None:
         server, self._server = self._server, None
-        # Held requests first: closing waits for all threads that handle one.
+        # Drop held requests first: closing waits for the threads that handle requests.
         self._script.stop()
         if server is not None:
             server.close()
@@ -256,7 +257,7 @@ class _Clock:
     """Monotonic seconds that can be moved forward.  Thread-safe."""
 
     def __init__(self) -> None:
-        self._offset_s = 0.0  # written under the FakeServer's control only; a float is atomic
+        self._offset_s = 0.0  # only the FakeServer writes it; assigning a float is atomic
 
     def __call__(self) -> float:
         return time.monotonic() + self._offset_s
@@ -297,11 +298,11 @@ class _Server(LocalServer):
         return backend, FaultLayer(self._owner, self._owner.journal, self._script, app), admission
 
     def has_route(self, pattern: str) -> bool:
-        """True if *pattern* can fit a request to a route of the application."""
+        """Return whether *pattern* can fit a request to a route of the application."""
         method, _, path = pattern.partition(" ")
         for rule in self._routes.iter_rules():
             any_of_rule = re.sub(r"<[^>]*>", "*", rule.rule)
-            # Either may be the more general one.
+            # Either of the two may be the more general one.
             fits = fnmatchcase(path, any_of_rule) or fnmatchcase(rule.rule, path)
             if fits and any(fnmatchcase(name, method) for name in rule.methods):
                 return True

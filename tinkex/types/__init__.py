@@ -1,6 +1,6 @@
-"""The values that travel between a program, this client and a server.  No I/O, no threads.
+"""The values exchanged between a program, this client and a server.  No I/O, no threads.
 
-Names are imported when first used: most programs need a few of them.
+Names are imported on first use, because most programs need only a few of them.
 """
 
 from tinkex._runtime.late_import import names_in_stub

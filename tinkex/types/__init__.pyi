@@ -127,8 +127,8 @@ from tinkex.types.training import (
     UnloadModelResponse as UnloadModelResponse,
 )
 
-# The official SDK's names of what has another name here, for programs that build, compare with or
-# annotate by them (docs/compatibility.md).
+# The official SDK's names for types with another name here, for programs that create them, compare
+# with them or use them in annotations (docs/compatibility.md).
 OwnSearchOwner = OwnSessions
 AccessibleSearchOwner = AccessibleSessions
 UserSearchOwner = SessionsOfUsers

@@ -1,8 +1,8 @@
-"""Messages whose values have exactly the declared types, read and written field by field.
+"""Fast reading and writing of messages whose values have exactly the declared types.
 
-dataclasses-json takes 0.4 ms for an object of eight fields, most of it to inspect the class again:
-a second for a list of 2000 checkpoints.  Here each class is inspected once.  Values of any other
-type are left to dataclasses-json, which converts them or raises an error.
+dataclasses-json takes 0.4 ms for an object of eight fields, nearly a second for a list of 2000
+checkpoints, because it inspects the class each time.  Here each class is inspected only once.
+Values of any other type are left to dataclasses-json, which converts them or raises an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 Convert = Callable[[Any], Any]
 
-#: Key in the metadata of a field that has an encoder and a decoder of its own.
+#: Key in a field's metadata for the field's own encoder and decoder.
 CODERS = "tinkex"
 
 _PLAIN = (str, int, bool, float)
@@ -28,7 +28,7 @@ class Unusual(Exception):
 def reader_of(cls: type) -> Optional[Convert]:
     """Return a function from decoded JSON to *cls*; None if a field has an unsupported type.
 
-    Nulls count as missing.  The function raises Unusual, or what a field's decoder raises.
+    The function treats null as missing.  It raises Unusual, or whatever a field's decoder raises.
     """
     found = _converters(cls, reads=True)
     if found is None:
@@ -73,7 +73,7 @@ def writer_of(cls: type) -> Optional[Convert]:
 def _converters(
     cls: type, *, reads: bool
 ) -> Optional[List[Tuple[dataclasses.Field[Any], Convert]]]:
-    """Return the fields of *cls* with their converters; None if a field has none."""
+    """Return the fields of *cls* with their converters; None if any field has no converter."""
     hints = typing.get_type_hints(cls)
     found = []
     for field in dataclasses.fields(cls):

@@ -1,8 +1,8 @@
 """Flat sequences of numbers that become numpy arrays on first use.
 
-Importing numpy takes more time and memory than everything else a program needs to sample short
-texts.  So short lists, and results, are kept as an ``array.array``, whose memory numpy can share
-later.  Both kinds have a length, ``tolist`` and ``tobytes``.
+Importing numpy takes more time and memory than everything else that a program needs to sample short
+texts.  So short lists and results are kept as an ``array.array``, whose memory numpy can share
+later.  Both kinds of array have a length, ``tolist`` and ``tobytes``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Field:
         if instance is None:
             return self
         values = getattr(instance, self._kept)
-        # Two threads may both convert it, into arrays that share the same memory.
+        # Two threads may both convert the value; their arrays share the same memory.
         if isinstance(values, array.array):
             values = np.frombuffer(values, _DTYPES[values.typecode])
             self.__set__(instance, values)
@@ -43,7 +43,7 @@ class _Field:
 
 
 def numpy_on_demand(*names: str) -> Callable[[Type[C]], Type[C]]:
-    """Decorate a dataclass: its fields *names* may hold an array.array, and read as numpy."""
+    """Return a class decorator: fields *names* may hold an array.array, and read as numpy."""
 
     def decorate(cls: Type[C]) -> Type[C]:
         for name in names:
@@ -54,14 +54,14 @@ def numpy_on_demand(*names: str) -> Callable[[Type[C]], Type[C]]:
 
 
 def as_kept(instance: Any, name: str) -> Any:
-    """Return the value of such a field without converting it: an array of either kind, or None."""
+    """Return the value of field *name* unconverted: an array of either kind, or None."""
     return getattr(instance, f"_{name}")
 
 
 def from_bytes(typecode: str, raw: bytes) -> Any:
-    """Read the little-endian *raw* as an array of int32, ``"i"``, or float32, ``"f"``.
+    """Read little-endian *raw* as an array of int32 (typecode ``"i"``) or float32 (``"f"``).
 
-    ValueError if its length is not a multiple of four.
+    Raises ValueError if the length is not a multiple of four.
     """
     values = array.array(typecode, raw)
     if sys.byteorder == "big":
@@ -70,7 +70,7 @@ def from_bytes(typecode: str, raw: bytes) -> Any:
 
 
 def holds_nan(values: Any) -> bool:
-    """Return whether *values*, an array of either kind, contains NaN."""
+    """Whether *values*, an array of either kind, contains NaN."""
     if isinstance(values, array.array) and len(values) <= SHORT:
         return any(map(math.isnan, values))
     return bool(np.any(np.isnan(values)))

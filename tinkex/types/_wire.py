@@ -2,9 +2,9 @@
 
 dataclasses-json (measured with 0.6.7) walks every element of a list (360 ms for 32k tokens), writes
 None fields, reports a missing key as a bare KeyError, and only warns about a null in a field that
-must not be None.  Hence `bulk`, which does not walk a value, and `Wire`, which drops None both ways
-and raises typed errors.  `_exact` converts messages of exactly the declared types, because
-dataclasses-json is slow.
+must not be None.  Hence `bulk`, which passes a value through unwalked, and `Wire`, which drops None
+in both directions and raises typed errors.  Because dataclasses-json is slow, `_exact` converts
+messages whose values have exactly the declared types.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ def _as_it_is(value: Any) -> Any:
 
 
 def json_object(value: Any) -> Any:
-    """Return *value* if it is an object or None; else raise ValueError."""
+    """Return *value* if it is an object or None; otherwise raise ValueError."""
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{excerpt(value, 80)} is not an object")
     return value
 
 
 def json_strings(value: Any) -> Any:
-    """Return *value* if it is a list of strings or None; else raise ValueError."""
+    """Return *value* if it is a list of strings or None; otherwise raise ValueError."""
     if value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
         return value
     raise ValueError(f"{excerpt(value, 80)} is not a list of strings")
 
 
 def json_string_map(value: Any) -> Any:
-    """Return *value* if it maps names to strings; else raise ValueError."""
+    """Return *value* if it maps names to strings; otherwise raise ValueError."""
     if any(not isinstance(one, str) for one in json_object(value).values()):
         raise ValueError(f"{excerpt(value, 80)} holds values that are not strings")
     return value
 
 
 def json_number_map(value: Any) -> Dict[str, float]:
-    """Return *value*, a map from names to numbers or null, with floats, and NaN for null.
+    """Return *value*, a map from names to numbers or null, as floats with NaN for null.
 
-    JSON has no NaN, so servers write null.  ValueError if it is not such a map.
+    JSON has no NaN, so servers write null.  Raises ValueError if *value* is not such a map.
     """
     items = json_object(value).values()
     if any(one is not None and type(one) not in (int, float) for one in items):
@@ -74,7 +74,7 @@ def json_number_map(value: Any) -> Dict[str, float]:
 
 
 def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = json_object) -> Any:
-    """A dataclass field whose value dataclasses-json passes to *read* without walking it."""
+    """Return a dataclass field whose value is passed to *read* whole, without being walked."""
     metadata = {**config(encoder=_identity, decoder=read), CODERS: (_as_it_is, read)}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -84,16 +84,16 @@ def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = jso
 
 
 def parse_datetime(value: Any) -> Optional[datetime]:
-    """Read an RFC 3339 time (docs/protocol.md, "Bodies"); naive times are taken as UTC.
+    """Read an RFC 3339 time (docs/protocol.md, "Bodies"); a naive time is taken as UTC.
 
-    Digits past the microseconds are dropped.  ValueError if it is not such a time.
+    Digits past the microseconds are dropped.  Raises ValueError if *value* is not such a time.
     """
     if value is None or isinstance(value, datetime):
         return value
     match = _RFC3339.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{excerpt(value, 80)} is not an RFC 3339 time")
-    # Parsed by hand, because fromisoformat before Python 3.11 takes only 3 or 6 digits, and no Z.
+    # Parsed by hand, because fromisoformat before Python 3.11 accepts only 3 or 6 digits, and no Z.
     fraction = (match["fraction"] or "")[:6].ljust(6, "0")
     zone = (match["zone"] or "Z").upper().replace(":", "").replace("Z", "+0000")
     text = f"{match['date']}T{match['time']}.{fraction}{zone[:3]}:{zone[3:]}"
@@ -108,7 +108,7 @@ def _format_datetime(value: Optional[datetime]) -> Optional[str]:
 
 
 def instant(default: Any = None) -> Any:
-    """A dataclass field holding an aware datetime, RFC 3339 on the wire."""
+    """Return a dataclass field that holds an aware datetime, RFC 3339 on the wire."""
     coding = config(encoder=_format_datetime, decoder=parse_datetime)
     metadata = {**coding, CODERS: (_format_datetime, parse_datetime)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -119,7 +119,7 @@ class Wire(DataClassJsonMixin):
     """A control message: a frozen dataclass with a JSON form."""
 
     def to_wire(self) -> Dict[str, Any]:
-        """Return the JSON form, without the fields that are None, in nested messages too."""
+        """Return the JSON form without fields that are None, including in nested messages."""
         write = writer_of(type(self))
         if write is not None:
             try:
@@ -135,7 +135,7 @@ class Wire(DataClassJsonMixin):
         """Read a decoded JSON value.  Unknown fields are ignored; null is the same as missing.
 
         Raises:
-            ResponseDecodeError: a required field is missing, or has an impossible value.
+            ResponseDecodeError: a required field is missing, or a value is invalid.
         """
         if not isinstance(payload, dict):
             raise ResponseDecodeError(
@@ -167,13 +167,13 @@ class Wire(DataClassJsonMixin):
         exclude: Iterable[str] = (),
         exclude_none: bool = False,
     ) -> Dict[str, Any]:
-        """Return the fields as a dict, nested messages too, like pydantic in the official SDK.
+        """Return the fields as a dict, nested messages included, like the official SDK's pydantic.
 
         Args:
             mode: ``"python"``, or ``"json"`` for values that JSON can express: times become
-                strings, NaN and infinity None.
+                strings, NaN and infinity become None.
             include, exclude: names of fields of this message; None includes all.
-            exclude_none: leave out fields that are None, in nested messages too.
+            exclude_none: leave out fields that are None, also in nested messages.
         """
         dumped: Dict[str, Any] = _dumped(self, mode == "json", exclude_none)
         kept = set(dumped if include is None else include) - set(exclude)
@@ -187,7 +187,7 @@ class Wire(DataClassJsonMixin):
         exclude: Iterable[str] = (),
         exclude_none: bool = False,
     ) -> str:
-        """Return the same as a JSON string, indented by *indent* spaces, or compact."""
+        """Like `model_dump`, but return a JSON string: compact, or indented by *indent* spaces."""
         dumped = self.model_dump(
             mode="json", include=include, exclude=exclude, exclude_none=exclude_none
         )
@@ -196,7 +196,7 @@ class Wire(DataClassJsonMixin):
 
 
 def _dumped(value: Any, as_json: bool, drop_none: bool) -> Any:
-    """Return *value* with messages in it as dicts."""
+    """Return *value* with all messages inside it turned into dicts."""
     if isinstance(value, UnknownVariant):
         value = value.fields
     elif isinstance(value, Wire):
@@ -216,7 +216,7 @@ def _dumped(value: Any, as_json: bool, drop_none: bool) -> Any:
 
 @functools.cache
 def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
-    """Map fields of *cls* that hold messages to their class, and whether it is a map of them."""
+    """Map each field of *cls* that holds messages to their class, and whether it is a map."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         mapped = False
@@ -232,7 +232,7 @@ def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
 def _without_nulls(cls: Type[Wire], payload: Any) -> Any:
     """Return *payload* without the nulls in fields of *cls* and the messages inside it.
 
-    Dropped here, because turning dataclasses-json's warning into an error would take
+    dataclasses-json only warns about nulls, and turning the warning into an error would need
     `warnings.catch_warnings`, which affects all threads.  Other values are unchanged.
     """
     if isinstance(payload, list):
@@ -259,7 +259,7 @@ def excerpt(value: Any, limit: int = 300) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class UnknownVariant(Wire):
-    """An object of a ``type`` unknown to this version; ``fields`` holds all of it, as sent."""
+    """An object of a ``type`` that this version does not know; ``fields`` holds all of it."""
 
     type: Optional[str] = None
     fields: Dict[str, Any] = bulk({})
@@ -270,7 +270,7 @@ class UnknownVariant(Wire):
 
 
 def reader(*members: Type[Wire]) -> Callable[[Any], Wire]:
-    """Return a decoder for objects of *members*, chosen by the default value of ``type``."""
+    """Return a decoder that picks the class among *members* by the default of its ``type``."""
     known: Mapping[str, Type[Wire]] = {
         field.default: member
         for member in members
@@ -294,7 +294,7 @@ def reader(*members: Type[Wire]) -> Callable[[Any], Wire]:
 
 
 def variant(*members: Type[Wire], default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that holds one of *members*, an UnknownVariant, or *default*."""
+    """Return a dataclass field that holds one of *members*, an UnknownVariant, or *default*."""
     read = reader(*members)
     metadata = {**config(encoder=_to_wire, decoder=read), CODERS: (_to_wire, read)}
     return dataclasses.field(default=default, metadata=metadata)

@@ -38,7 +38,7 @@ class TrainingUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPrefillUsage(Wire):
-    """Prompt tokens processed; *cached* if they were in the prompt cache."""
+    """Prompt tokens processed; ``cached`` if they were in the prompt cache."""
 
     token_count: int
     cached: bool = False
@@ -101,14 +101,14 @@ class BillingUsageEvent(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class BillingSession(Wire):
-    """A session that usage belongs to."""
+    """A session that the usage belongs to."""
 
     user_metadata: Optional[Dict[str, Any]] = bulk(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class BillingUsageResponse(Wire):
-    """Usage within a period; ``sessions`` maps session ids."""
+    """Usage within a period; ``sessions`` maps session ids to the sessions."""
 
     data: List[BillingUsageEvent]
     sessions: Dict[str, BillingSession] = dataclasses.field(default_factory=dict)
@@ -131,7 +131,7 @@ class CheckpointStorageUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class CurrentCheckpointStorageUsageResponse(Wire):
-    """Size and cost of the checkpoints stored now."""
+    """Size and cost of the checkpoints that are currently stored."""
 
     data: List[CheckpointStorageUsage]
     effective_rate_usd_per_gigabyte_month: Optional[float] = None

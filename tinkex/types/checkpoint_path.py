@@ -17,12 +17,13 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 
 
 def check_tinker_path(path: object) -> str:
-    """Return a ``tinker://`` path without surrounding whitespace; the rest depends on the server.
+    """Return *path*, a ``tinker://`` path, without surrounding whitespace.
 
-    A path read from a file or the environment often ends with a line break.
+    A path read from a file or the environment often ends with a line break.  What follows
+    ``tinker://`` is not checked, because it depends on the server.
 
     Raises:
-        InvalidInputError: *path* is not such a path.
+        InvalidInputError: *path* is not a ``tinker://`` path.
     """
     found = path.strip() if isinstance(path, str) else ""
     if not found.startswith(SCHEME) or len(found) == len(SCHEME) or not found.isprintable():
@@ -60,7 +61,7 @@ class ParsedCheckpointTinkerPath:
 
     @classmethod
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
-        """Parse *tinker_path*; InvalidInputError if it has another form."""
+        """Parse *tinker_path*; raise InvalidInputError if it has another form."""
         tinker_path = check_tinker_path(tinker_path)
         parts = tinker_path[len(SCHEME) :].split("/")
         if len(parts) != 3 or not all(parts) or parts[1] not in KINDS:
@@ -73,13 +74,13 @@ class ParsedCheckpointTinkerPath:
 
 
 def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
-    """Parse any path that names a run and something in it, as known servers use them.
+    """Parse a path that names a run and a checkpoint of it, in any form that known servers use.
 
-    Some use ``tinker://<run>/<name>``, or kinds of their own (docs/servers.md): then the type is
-    ``unknown``, and the id is everything after the run.
+    Some servers use ``tinker://<run>/<name>``, or their own kinds (docs/servers.md).  The type is
+    then ``unknown``, and the id is everything after the run.
 
     Raises:
-        InvalidInputError: it names only a run, or nothing.
+        InvalidInputError: *tinker_path* does not name both a run and a checkpoint.
     """
     tinker_path = check_tinker_path(tinker_path)
     run, _, rest = tinker_path[len(SCHEME) :].partition("/")
@@ -111,6 +112,6 @@ def checkpoint_url(tinker_path: str) -> str:
 
 
 def playground_url(tinker_path: str) -> str:
-    """Return the URL of the page to sample from a checkpoint."""
+    """Return the URL of the page for sampling from a checkpoint."""
     path = quote(check_tinker_path(tinker_path), safe="")
     return f"{CONSOLE}/playground?mode=checkpoint&checkpoint={path}"

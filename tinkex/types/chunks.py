@@ -23,15 +23,15 @@ else:
 
 
 def _check_type(given: object, chunk_type: str) -> None:
-    """Raise InvalidInputError unless the argument ``type`` of a chunk fits its class."""
+    """Raise InvalidInputError unless *given*, a chunk's argument ``type``, fits its class."""
     if given != chunk_type:
         raise InvalidInputError(f"the type of this chunk is {chunk_type!r}, not {given!r}")
 
 
 def _as_bytes(what: str, data: Any) -> bytes:
-    """Return a copy of *data* as bytes; InvalidInputError, naming *what*, if it is something else.
+    """Return *data* as bytes, copied unless they are immutable.
 
-    ``bytes`` are immutable, so they are not copied.
+    Raises InvalidInputError, naming *what*, if *data* is anything else.
     """
     if isinstance(data, bytes):
         return data
@@ -48,7 +48,7 @@ def _as_bytes(what: str, data: Any) -> bytes:
 class EncodedTextChunk:
     """A run of token ids.
 
-    They are copied.  ``tokens_np`` is int32 of shape ``(length,)``, and must not be written to.
+    The ids are copied.  ``tokens_np`` is int32 of shape ``(length,)``; do not write to it.
     """
 
     type: ClassVar[str] = "encoded_text"
@@ -74,11 +74,11 @@ class EncodedTextChunk:
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """The number of tokens."""
         return len(as_kept(self, "tokens_np"))
 
     def to_json(self) -> Dict[str, Any]:
-        """Return the JSON form, with an array for orjson to write."""
+        """Return the JSON form; numpy arrays are left for orjson to write."""
         tokens = as_kept(self, "tokens_np")
         is_numpy = not isinstance(tokens, array.array)
         return {"tokens": tokens if is_numpy else tokens.tolist(), "type": "encoded_text"}
@@ -100,14 +100,14 @@ class EncodedTextChunk:
 
 
 class _Image:
-    """What the two kinds of images have in common."""
+    """The common base of both kinds of images."""
 
     format: str
     expected_tokens: Optional[int]
 
     @property
     def length(self) -> int:
-        """Number of tokens that the image takes; InvalidInputError if it was not given."""
+        """The number of tokens that the image takes; InvalidInputError if it is not known."""
         if self.expected_tokens is None:
             raise InvalidInputError(
                 f"{type(self).__name__}: the length is unknown until expected_tokens is set"
@@ -132,7 +132,11 @@ class _Image:
 
 @dataclasses.dataclass(frozen=True)
 class ImageChunk(_Image):
-    """An encoded image: its bytes; *format* is ``"png"`` or ``"jpeg"``."""
+    """An encoded image.
+
+    ``data`` holds the bytes; ``format`` is ``"png"`` or ``"jpeg"``; ``expected_tokens`` is the
+    number of tokens that the image takes, if known.
+    """
 
     data: bytes
     format: str
@@ -152,7 +156,7 @@ class ImageChunk(_Image):
 
 @dataclasses.dataclass(frozen=True)
 class ImageAssetPointerChunk(_Image):
-    """An image the server fetches itself from *location*.  For sampling only."""
+    """An image that the server itself fetches from ``location``, a URL.  For sampling only."""
 
     format: str
     location: str
@@ -186,7 +190,7 @@ class DmelChunk:
 
     @property
     def length(self) -> int:
-        """Number of tokens: dimension 0 of the container, one token per frame."""
+        """The number of tokens: dimension 0 of the container, one token per frame."""
         return _dmel_length(self.dmel)
 
     def to_json(self) -> Dict[str, Any]:
@@ -195,8 +199,11 @@ class DmelChunk:
 
 
 def _dmel_length(container: bytes) -> int:
-    """Return dimension 0 of the header of *container*; InvalidInputError if it is malformed."""
-    # Optional marker 254, dtype byte 0..7, then ndim and the dimensions as LEB128
+    """Return dimension 0 from the header of *container*.
+
+    Raises InvalidInputError if the header is malformed.
+    """
+    # The header is: optional marker 254, dtype byte 0..7, then ndim and the dimensions as LEB128
     # (docs/protocol.md, "Model input").
 
     def varint(at: int) -> Tuple[int, int]:
@@ -207,7 +214,7 @@ def _dmel_length(container: bytes) -> int:
             at, shift = at + 1, shift + 7
             if byte < 0x80:
                 return value, at
-            if shift > 63:  # bytes without an end would be read as one huge number
+            if shift > 63:  # endless bytes would otherwise be read as one huge number
                 raise InvalidInputError("dmel container has a dimension of more than 64 bits")
 
     try:
@@ -222,7 +229,7 @@ def _dmel_length(container: bytes) -> int:
 
 def _expected_from_json(payload: Dict[str, Any]) -> Any:
     expected = payload.get("expected_tokens")
-    if isinstance(expected, str):  # JSON has numbers, so a string is an error
+    if isinstance(expected, str):  # JSON has numbers, so a numeric string is an error
         raise InvalidInputError(f"expected_tokens is {expected!r}; it must be an integer")
     return expected
 
@@ -233,7 +240,10 @@ ModelInputChunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk, Dm
 
 
 def chunk_from_json(payload: Any) -> ModelInputChunk:
-    """Read a chunk by its ``type``; InvalidInputError if the protocol has no such type."""
+    """Read a chunk by its ``type``.
+
+    Raises InvalidInputError if the type is unknown, or the chunk is malformed.
+    """
     kind = payload.get("type") if isinstance(payload, dict) else None
     try:
         if kind == "encoded_text":

@@ -1,4 +1,4 @@
-"""Datum: one training example, as a model input and named loss inputs.
+"""Datum: one training example, made of a model input and named loss inputs.
 
 See docs/protocol.md, "Passes" and "Losses".
 """
@@ -15,7 +15,7 @@ from tinkex.types.model_input import ModelInput
 from tinkex.types.tensor_data import TensorData
 from tinkex.types.tokens import hint_for_model_input
 
-#: Loss input -> dtype of a plain list; under any other name the values decide.
+#: Loss input -> dtype to use if it is a plain list; for any other name the values decide.
 INPUT_DTYPES: Mapping[str, str] = {
     "target_tokens": "int64",
     "weights": "float32",
@@ -35,7 +35,7 @@ _TOKEN_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, init=False)
 class _Span:
-    """*length* tokens of the sequence *sequence_id*, from its token *offset* on."""
+    """*length* tokens of the sequence *sequence_id*, starting at token *offset*."""
 
     sequence_id: str
     offset: int
@@ -80,10 +80,10 @@ ProvenanceSpan = Union[PromptProvenanceSpan, SampledProvenanceSpan]
 def _to_tensor(name: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    # Arrays and tensors keep their kind; a list takes the dtype of its loss input.
+    # Arrays and tensors keep their kind of dtype; a list gets the dtype of its loss input.
     is_list = isinstance(value, (list, tuple))
     try:
-        if hasattr(value, "detach") and hasattr(value, "numpy"):  # torch's, without its import
+        if hasattr(value, "detach") and hasattr(value, "numpy"):  # torch's, without importing torch
             return TensorData.from_torch(value)
         if is_list or hasattr(value, "__array__"):
             return TensorData(value, INPUT_DTYPES.get(name) if is_list else None)
@@ -105,11 +105,11 @@ class Datum:
         loss_fn_inputs: per-token inputs of the loss, by name: lists, numpy arrays, torch tensors
             or TensorData.  ``target_tokens`` are int64 of shape ``(n,)`` (or ``(n, k)``), where
             ``target_tokens[i]`` is the token that should follow input token i; ``weights``,
-            ``logprobs``, ``advantages`` are float32 of the same shape.
-        model_input_spans, loss_fn_input_spans: where the input tokens and the target tokens
-            came from, for losses that need it; both or neither.  See `with_provenance`.
+            ``logprobs`` and ``advantages`` are float32 of the same shape.
+        model_input_spans, loss_fn_input_spans: the origins of the input tokens and of the target
+            tokens, for losses that need them; give both or neither.  See `with_provenance`.
 
-    Values are copied, so later writes to an array have no effect.  Loss inputs may be assigned
+    Values are copied, so later writes to an array have no effect.  You may assign loss inputs
     later, as in ``datum.loss_fn_inputs["advantages"] = advantages``; they are converted by the same
     rules when the datum is used.
 
@@ -157,7 +157,7 @@ class Datum:
             object.__setattr__(self, name, None if spans is None else _as_spans(name, spans))
 
     def _snapshot(self) -> Datum:
-        """Return a copy that later changes to this datum's parts do not reach.
+        """Return a copy that is not affected by later changes to this datum's parts.
 
         Raises:
             InvalidInputError: a value assigned to ``loss_fn_inputs`` cannot be sent.
@@ -165,7 +165,7 @@ class Datum:
         # Tensors are immutable, so the copies share them.
         inputs = dict(self.loss_fn_inputs)
         for name, value in inputs.items():
-            # It was assigned after the datum was made, and not converted then.
+            # The value was assigned after the datum was created, so it is not converted yet.
             if type(value) is not TensorData:
                 inputs[name] = _to_tensor(name, value)
         # Not through the constructor, which would check and convert every part again.
@@ -180,15 +180,16 @@ class Datum:
     def with_provenance(
         self, model_input: Iterable[ProvenanceSpan], loss_fn_inputs: Iterable[ProvenanceSpan]
     ) -> Datum:
-        """Return this datum with spans that record where its tokens came from.
+        """Return a copy of this datum with spans that record where its tokens came from.
 
         Args:
-            model_input: runs that cover the input tokens, in order, without a gap.
-            loss_fn_inputs: runs that cover the first dimension of ``target_tokens`` the same way.
+            model_input: spans that cover the input tokens, in order, without a gap.
+            loss_fn_inputs: spans that cover the first dimension of ``target_tokens`` likewise.
 
         Raises:
-            InvalidInputError: the runs are longer or shorter than the tokens (checked for
-                ``target_tokens`` of one dimension), or an image's length is not known.
+            InvalidInputError: the spans do not add up to the number of tokens
+                (``target_tokens`` are checked only if one-dimensional), or the length of an image
+                is not known.
         """
         datum = Datum(self.model_input, self.loss_fn_inputs, model_input, loss_fn_inputs)
         _check_tiling("model_input_spans", datum.model_input_spans or (), self.model_input.length)
@@ -209,7 +210,7 @@ class Datum:
         )
 
     def __hash__(self) -> int:
-        # The names alone, since values that were assigned may be arrays, which cannot be hashed.
+        # Only the names, because assigned values may be arrays, which cannot be hashed.
         return hash((self.model_input, tuple(sorted(self.loss_fn_inputs))))
 
     @property
@@ -231,7 +232,10 @@ class Datum:
 
 
 def _as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpan, ...]:
-    """Return *spans* as a tuple; InvalidInputError, naming *what*, if it holds anything else."""
+    """Return *spans* as a tuple.
+
+    Raises InvalidInputError, naming *what*, if it holds anything but spans.
+    """
     found = tuple(spans) if isinstance(spans, Iterable) else (spans,)
     for span in found:
         if not isinstance(span, (PromptProvenanceSpan, SampledProvenanceSpan)):
@@ -254,7 +258,7 @@ def _check_tiling(what: str, spans: Iterable[ProvenanceSpan], tokens: int) -> No
 
 @dataclasses.dataclass(frozen=True)
 class ForwardBackwardRequest:
-    """One pass over a batch, as every codec writes and reads it (docs/protocol.md, "Passes")."""
+    """A request for one pass over a batch, for every codec (docs/protocol.md, "Passes")."""
 
     model_id: str
     seq_id: int

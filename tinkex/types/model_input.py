@@ -31,14 +31,14 @@ def _as_chunk(chunk: Any) -> ModelInputChunk:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInput:
-    """A list of chunks.
+    """The input of a model: a list of chunks.
 
     Args:
-        chunks: chunks, or their JSON forms.  The list is copied, and must not be changed later;
-            ``append`` returns a new input.
+        chunks: chunks, or their JSON forms.  The list is copied; do not change the copy, but use
+            ``append``, which returns a new input.
 
     Raises:
-        InvalidInputError: *chunks* holds something else.
+        InvalidInputError: *chunks* holds anything else.
     """
 
     chunks: Sequence[ModelInputChunk] = ()
@@ -53,7 +53,7 @@ class ModelInput:
 
     @classmethod
     def _of(cls, chunks: List[ModelInputChunk]) -> ModelInput:
-        """Make an input of *chunks*, a new list that holds only chunks, without checking it."""
+        """Wrap *chunks*, without a check: it must be a new list that holds only chunks."""
         made = object.__new__(cls)
         object.__setattr__(made, "chunks", chunks)
         return made
@@ -66,13 +66,13 @@ class ModelInput:
         """Make an input of one text chunk from *tokens*, which are copied.
 
         Args:
-            tokens: a flat sequence of ints, an int array or tensor, or what a tokenizer or
-                ``apply_chat_template`` returns, with ``input_ids`` of one sequence.
+            tokens: a flat sequence of ints, an int array or tensor, or the return value of a
+                tokenizer or of ``apply_chat_template``, with ``input_ids`` of one sequence.
         """
         return cls._of([EncodedTextChunk(tokens)])
 
     def _snapshot(self) -> ModelInput:
-        """Return a copy that later changes to this input's list do not reach."""
+        """Return a copy that is not affected by later changes to this input's list."""
         return ModelInput._of([_as_chunk(chunk) for chunk in self.chunks])
 
     @classmethod
@@ -82,15 +82,15 @@ class ModelInput:
 
     @property
     def length(self) -> int:
-        """Number of tokens over all chunks."""
-        return sum([chunk.length for chunk in self.chunks])  # a list: faster than a generator
+        """The number of tokens in all chunks together."""
+        return sum([chunk.length for chunk in self.chunks])  # a list is faster than a generator
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
         """Return a new input with *chunk* at the end."""
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
-        """Return a new input with one more token, in the last chunk if that is text."""
+        """Return a new input with *token* at the end, in the last chunk if that is text."""
         if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
             joined = np.append(self.chunks[-1].tokens_np, as_tokens([token]))
             return ModelInput((*self.chunks[:-1], EncodedTextChunk._adopt(joined)))
@@ -100,13 +100,13 @@ class ModelInput:
         """Return all tokens as a new int32 array.
 
         Raises:
-            InvalidInputError: not all chunks are text.
+            InvalidInputError: a chunk is not text.
         """
         parts = [chunk.tokens_np for chunk in self._texts()]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def to_ints(self) -> List[int]:
-        """Return all tokens as a list; InvalidInputError if not all chunks are text."""
+        """Return all tokens as a list; raise InvalidInputError if a chunk is not text."""
         return list(chain.from_iterable(chunk.tokens for chunk in self._texts()))
 
     def _texts(self) -> List[EncodedTextChunk]:
@@ -118,12 +118,12 @@ class ModelInput:
         return texts
 
     def to_json(self) -> Dict[str, Any]:
-        """Return the JSON form, with arrays for orjson to write."""
+        """Return the JSON form; numpy arrays are left for orjson to write."""
         return {"chunks": [chunk.to_json() for chunk in self.chunks]}
 
     @classmethod
     def from_json(cls, payload: Any) -> ModelInput:
-        """Read the JSON form; InvalidInputError if it is malformed."""
+        """Read the JSON form; raise InvalidInputError if it is malformed."""
         chunks = payload.get("chunks") if isinstance(payload, dict) else None
         if not isinstance(chunks, list):
             raise InvalidInputError("a model input is an object with a list 'chunks'")

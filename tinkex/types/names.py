@@ -9,7 +9,7 @@ from typing import Literal
 ModelID = str
 #: Id of an accepted request.
 RequestID = str
-#: Name of a loss; servers may have others than the documented ones.
+#: Name of a loss; a server may offer more losses than the documented ones.
 LossFnType = str
 
 CheckpointType = Literal["training", "sampler", "external"]

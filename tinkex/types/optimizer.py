@@ -1,4 +1,4 @@
-"""Optimizers: which one a run has, and its parameters (docs/protocol.md, "Optimizer steps")."""
+"""Optimizers of runs, and their parameters (docs/protocol.md, "Optimizer steps")."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from tinkex._runtime.numeric import convert_fields, is_finite, to_float
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._wire import Wire, excerpt
 
-#: The optimizer of a run created without one, on every server.
+#: The optimizer of a run created without naming one, on every server.
 _DEFAULT_CONFIG = {"type": "adamw"}
 
-#: The numeric parameters of a step.
+#: The numeric parameters of each kind of step.
 _ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
 _DIMUON = ("learning_rate", "grad_clip_norm", "beta1")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamOptimizerConfig(Wire):
-    """A run trained with AdamW, which is the default."""
+    """Trains a run with AdamW, which is the default."""
 
     type: str = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)
 class DimuonOptimizerConfig(Wire):
-    """A run trained with DiMuon, where the server has it."""
+    """Trains a run with DiMuon, if the server supports it."""
 
     type: str = "dimuon"
     version: int = 1
 
 
-#: A mapping or an object with a ``type`` describes an optimizer that only the server knows.
+#: A mapping, or an object with a ``type``, describes an optimizer that only the server knows.
 OptimizerConfig = Union[AdamOptimizerConfig, DimuonOptimizerConfig, Mapping[str, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamParams(Wire):
-    """One Adam step.
+    """The parameters of one Adam step.
 
     Args:
-        learning_rate: step size.
+        learning_rate: the step size.
         beta1, beta2: decay of the running mean and square of the gradient, in [0, 1).
         eps: added to the denominator.
-        weight_decay: decoupled decay (AdamW), per step times learning rate.
-        grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
+        weight_decay: decoupled weight decay (AdamW), multiplied by the learning rate.
+        grad_clip_norm: scale a gradient with a larger global norm down to this norm; 0 disables it.
 
     numpy numbers, and strings such as ``"1e-4"``, are converted.
     """
@@ -66,7 +66,7 @@ class AdamParams(Wire):
         _check_range(self, _ADAM, ("beta1", "beta2"))
 
     def to_wire(self) -> Dict[str, Any]:
-        """Return the JSON form; fields unknown to older servers only if they are set."""
+        """Return the JSON form; fields that older servers do not know only if they are set."""
         encoded = super().to_wire()
         for name in ("weight_decay", "grad_clip_norm"):
             if encoded[name] == 0:
@@ -76,11 +76,11 @@ class AdamParams(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class DimuonParams(Wire):
-    """One DiMuon step, for a run created with `DimuonOptimizerConfig`.
+    """The parameters of one DiMuon step, for a run created with `DimuonOptimizerConfig`.
 
     Args:
-        learning_rate: step size.
-        grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
+        learning_rate: the step size.
+        grad_clip_norm: scale a gradient with a larger global norm down to this norm; 0 disables it.
         beta1: momentum, in [0, 1).
     """
 
@@ -105,7 +105,7 @@ def optimizer_config_to_wire(config: Optional[OptimizerConfig]) -> Optional[Dict
     """Return the JSON form of *config*, or None if it is the default, which is not sent.
 
     Raises:
-        InvalidInputError: it has no ``type``, or holds values that JSON cannot express.
+        InvalidInputError: *config* has no ``type``, or holds values that JSON cannot express.
     """
     if config is None:
         return None
@@ -114,7 +114,7 @@ def optimizer_config_to_wire(config: Optional[OptimizerConfig]) -> Optional[Dict
 
 
 def optim_params_to_wire(params: OptimParams) -> Dict[str, Any]:
-    """Return the field of an ``optim_step`` body that *params* are sent in, and their JSON form.
+    """Return the field of an ``optim_step`` body that carries *params*, as a dict of one entry.
 
     Raises:
         InvalidInputError: a value is out of range, or *params* are of an unknown kind.
@@ -173,7 +173,7 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
 
 
 def _plain(what: str, value: Any) -> Any:
-    """Return *value* as plain JSON data; InvalidInputError, naming *what*, if it is not."""
+    """Return *value* as plain JSON data; raise InvalidInputError, naming *what*, if impossible."""
     value = to_float(value, text=False)
     if value is None or isinstance(value, (str, bool, int)):
         return value

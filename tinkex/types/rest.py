@@ -25,7 +25,7 @@ class Checkpoint(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun(Wire):
-    """A training run (a model of some session), active or not."""
+    """A training run (called a model in its session), active or not."""
 
     training_run_id: str
     base_model: str
@@ -41,7 +41,7 @@ class TrainingRun(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class Cursor(Wire):
-    """The position of a page in a list."""
+    """The position of a page in a list, and the length of the list."""
 
     offset: int = 0
     limit: int = 0
@@ -50,7 +50,7 @@ class Cursor(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRunsResponse(Wire):
-    """A page of training runs."""
+    """One page of training runs."""
 
     training_runs: List[TrainingRun]
     cursor: Optional[Cursor] = None
@@ -66,7 +66,7 @@ class CheckpointsListResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class WeightsInfoResponse(Wire):
-    """The base model and the settings that a checkpoint was trained with."""
+    """A checkpoint's base model, and the settings that its adapter was trained with."""
 
     base_model: str
     is_lora: bool

@@ -1,4 +1,4 @@
-"""Requests to a sampler and its responses (docs/protocol.md, "Sampling")."""
+"""Requests to samplers, and their responses (docs/protocol.md, "Sampling")."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ class SamplingParams:
     """How tokens are drawn.
 
     Args:
-        max_tokens: at most this many new tokens; None leaves it to the context length.
-        seed: a seed makes the draw repeatable on the same server; None draws freely.
-        stop: stop at any of these strings or token ids; None stops at the end-of-sequence
-            token, an empty list only at *max_tokens*.
+        max_tokens: draw at most this many new tokens; with None, only the context length limits
+            their number.
+        seed: makes the draw repeatable on the same server; None draws freely.
+        stop: stop at any of these strings or token ids; None stops at the end-of-sequence token, an
+            empty list only at *max_tokens*.
         temperature: 0 is greedy; 1 samples the model's own distribution.
         top_k: keep only the k most likely tokens; -1 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
+        top_p: keep the smallest set of tokens whose total probability reaches p, in (0, 1].
 
     numpy numbers, and strings such as ``"0.7"``, are converted.  Other keywords are ignored with a
-    warning, except that ``stop_token_ids`` is used as *stop* if that is None.
+    warning, except that ``stop_token_ids`` is used as *stop* if *stop* is None.
     """
 
     max_tokens: Optional[int] = None
@@ -85,14 +86,17 @@ class SamplingParams:
         }
         for name in ("max_tokens", "seed", "stop"):
             value = getattr(self, name)
-            # Not by truth: a seed of 0 and an empty list of stops have meanings of their own.
+            # Compared with None: a seed of 0 and an empty list of stops have their own meanings.
             if value is not None:
                 encoded[name] = value
         return encoded
 
     @classmethod
     def from_json(cls, payload: Any) -> SamplingParams:
-        """Read the JSON form, ignoring unknown fields; InvalidInputError if it is not an object."""
+        """Read the JSON form, ignoring unknown fields.
+
+        Raises InvalidInputError if it is not an object.
+        """
         if not isinstance(payload, dict):
             raise InvalidInputError("sampling_params must be an object")
         names = [field.name for field in dataclasses.fields(cls)]
@@ -106,12 +110,12 @@ _init = SamplingParams.__init__
 def _init_with_unknown(self: SamplingParams, *args: Any, **arguments: Any) -> None:
     """Accept any keyword, as the official class does, but with a warning.
 
-    Programs pass parameters of other libraries, such as vLLM's.  A wrapper rather than
+    Programs pass parameters of other libraries, such as vLLM's.  This is a wrapper rather than
     ``**unknown`` in the signature, so that type checkers still report a misspelt argument.
     """
     known = self.__dataclass_fields__
     unknown = {name: arguments.pop(name) for name in sorted(arguments.keys() - known.keys())}
-    # First, since `stop` shows afterwards whether the caller gave one.
+    # First, because self.stop then shows whether the caller gave one.
     _init(self, *args, **arguments)
     for name, value in unknown.items():
         if name == "stop_token_ids" and self.stop is None:
@@ -126,7 +130,7 @@ SamplingParams.__init__ = _init_with_unknown  # type: ignore[method-assign]
 
 
 def _wrong(name: str, value: Any, expected: str) -> InvalidInputError:
-    """Return the error about the argument *name*, which commands show as their option."""
+    """Return an error about argument *name*; commands show it as the name of their option."""
     return InvalidInputError(
         ErrorText(Setting(name), f" is {excerpt(value, 100)}; it must be {expected}")
     )
@@ -138,16 +142,16 @@ def _stops(stop: Any) -> Any:
         stop = stop.tolist()
     if not isinstance(stop, (list, tuple)):
         return stop
-    # A string of digits is a stop string, and a float is left for `check` to refuse: to_int would
-    # make token ids of some of them.
+    # A string of digits is a stop string, and `check` must refuse a float: to_int would turn some
+    # of them into token ids.
     return [item if isinstance(item, (str, float)) else to_int(item) for item in stop]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """One request to a sampler.  Fields at their defaults are not sent.
+    """One request to a sampler.  Optional fields at their defaults are not sent.
 
-    The prompt is copied, so that later changes to its list of chunks have no effect.
+    The prompt is copied, so later changes to its list of chunks have no effect.
     """
 
     prompt: ModelInput
@@ -188,7 +192,7 @@ class SampleRequest:
         self.sampling_params.check()
 
     def to_json(self) -> Dict[str, Any]:
-        """Return the JSON form of everything but the addressing (session and seq_id)."""
+        """Return the JSON form without the addressing (session and seq_id)."""
         encoded: Dict[str, Any] = {
             "num_samples": self.num_samples,
             "prompt": self.prompt.to_json(),
@@ -208,13 +212,13 @@ class SampleRequest:
 
     @classmethod
     def from_json(cls, payload: Any) -> SampleRequest:
-        """Read the JSON form; InvalidInputError if it is malformed or fails `check`."""
+        """Read the JSON form; raise InvalidInputError if it is malformed or fails `check`."""
         if not isinstance(payload, dict):
             raise InvalidInputError("a sample request must be an object")
         # Null is the same as a missing field (docs/protocol.md, "Bodies").
         counts = {name: payload[name] for name in _COUNTS if payload.get(name) is not None}
         for name, value in counts.items():
-            if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
+            if isinstance(value, str):  # numeric strings are allowed for callers, not on the wire
                 raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
         target = payload.get("target_prompt_logprobs")
         params = payload.get("sampling_params")
@@ -241,7 +245,7 @@ _COUNTS = ("num_samples", *_OPTIONAL_COUNTS)
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
-    """Return a tensor as JSON (docs/protocol.md, "Tensors"), with arrays for orjson to write."""
+    """Return a tensor's JSON form (docs/protocol.md, "Tensors"); orjson writes its arrays."""
     encoded = {"data": tensor.values, "dtype": tensor.dtype, "shape": list(tensor.shape)}
     if tensor.is_sparse:
         encoded["sparse_crow_indices"] = tensor.crow_indices
@@ -250,7 +254,10 @@ def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
 
 
 def tensor_from_json(payload: Any) -> TensorData:
-    """Read the JSON form of a tensor; null values become NaN.  InvalidInputError if malformed."""
+    """Read the JSON form of a tensor; null values become NaN.
+
+    Raises InvalidInputError if it is malformed.
+    """
     data = payload.get("data") if isinstance(payload, dict) else None
     if not isinstance(data, list):
         raise InvalidInputError("a tensor is an object with a list 'data', 'dtype' and 'shape'")
@@ -284,10 +291,10 @@ class TopkLogprobs:
     logprobs: FloatArray
 
     def rows(self) -> List[TopkRow]:
-        """Return ``[(token, logprob), ...]`` for each position, or None where there is no data."""
+        """Return ``[(token, logprob), ...]`` for each position, or None if it has no data."""
         rows: List[TopkRow] = []
         for ids, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
-            # Both, since 0 is a token like any other. float32 holds the sentinel exactly.
+            # Both must match, because 0 is also a real token.  float32 holds the sentinel exactly.
             cells = [(i, p) for i, p in zip(ids, logprobs) if not (i == 0 and p == TOPK_SENTINEL)]
             rows.append(cells or None)
         return rows
@@ -300,7 +307,7 @@ class SampledSequence:
 
     Attributes:
         stop_reason: ``"stop"`` (a stop token or string) or ``"length"``.
-        tokens_np: int32 of shape ``(m,)``; includes the stop token, if one ended it.
+        tokens_np: int32 of shape ``(m,)``, including the stop token if one ended the sequence.
         logprobs_np: float32 of shape ``(m,)``: log-probability of each token under the model
             itself (temperature 1, no truncation), or None if the server sent none.
         sequence_id: the server's id of the sequence, or None.
@@ -321,7 +328,7 @@ class SampledSequence:
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """The number of tokens."""
         return len(as_kept(self, "tokens_np"))
 
     @property
@@ -331,7 +338,7 @@ class SampledSequence:
         return None if logprobs is None else logprobs.tolist()
 
     def named(self, sequence_id: str) -> SampledSequence:
-        """Return a copy with that id."""
+        """Return a copy with the id *sequence_id*."""
         return SampledSequence(
             self.stop_reason,
             as_kept(self, "tokens_np"),
@@ -342,7 +349,7 @@ class SampledSequence:
 
     @property
     def topk_logprobs(self) -> Optional[List[TopkRow]]:
-        """List view of ``topk_logprobs_np``, or None."""
+        """``topk_logprobs_np`` as lists, or None."""
         return None if self.topk_logprobs_np is None else self.topk_logprobs_np.rows()
 
 
@@ -352,13 +359,13 @@ class SampleResponse:
     """The response to one SampleRequest with a prompt of n tokens.
 
     Attributes:
-        sequences: ``num_samples`` continuations.
-        prompt_logprobs_np: float32 of shape ``(n,)``; NaN where unknown (always at 0).
+        sequences: the continuations, as many as ``num_samples``.
+        prompt_logprobs_np: float32 of shape ``(n,)``; NaN where unknown (always at position 0).
         topk_prompt_logprobs_np: the most likely tokens at each prompt position, if requested.
-        target_prompt_logprobs: if requested, in the request's shape and sparsity; 0 where the
-            token is -1.
-        prompt_cache_hit_tokens: prompt tokens that the server had cached.
-        prompt_alt_tokens: alternative draws, if requested.
+        target_prompt_logprobs: if requested, the logprobs of the target tokens, with the request's
+            shape and sparsity; 0 where the token is -1.
+        prompt_cache_hit_tokens: the number of prompt tokens that the server had cached.
+        prompt_alt_tokens: alternative tokens for the prompt, if requested.
     """
 
     sequences: List[SampledSequence]
@@ -370,7 +377,7 @@ class SampleResponse:
 
     @property
     def prompt_logprobs(self) -> Optional[List[Optional[float]]]:
-        """List view of ``prompt_logprobs_np``, with None for NaN."""
+        """``prompt_logprobs_np`` as a list, with None for NaN."""
         if self.prompt_logprobs_np is None:
             return None
         # Only NaN differs from itself.
@@ -381,13 +388,13 @@ class SampleResponse:
 
     @property
     def topk_prompt_logprobs(self) -> Optional[List[TopkRow]]:
-        """List view of ``topk_prompt_logprobs_np``, or None."""
+        """``topk_prompt_logprobs_np`` as lists, or None."""
         return None if self.topk_prompt_logprobs_np is None else self.topk_prompt_logprobs_np.rows()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptAltTokens:
-    """Alternative draws for prompt positions 1..: both of shape ``(n - 1, k)``."""
+    """Alternative tokens for prompt positions 1 to n - 1; both fields have shape ``(n - 1, k)``."""
 
     tokens: TensorData
     logprobs: TensorData

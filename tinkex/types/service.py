@@ -12,7 +12,7 @@ G = TypeVar("G", bound="GetServerCapabilitiesResponse")
 
 @dataclasses.dataclass(frozen=True)
 class CreateSessionResponse(Wire):
-    """A session was created; the messages are for the user."""
+    """A session was created; the messages are meant for the user."""
 
     session_id: str
     info_message: Optional[str] = None
@@ -30,7 +30,7 @@ class UntypedFuture(Wire):
 
     @classmethod
     def from_wire(cls, payload: Any) -> UntypedFuture:
-        """Read a decoded JSON value; written out for speed: every submission returns one."""
+        """Read a decoded JSON value; by hand for speed, because every submission returns one."""
         if isinstance(payload, dict):
             request_id, model_id = payload.get("request_id"), payload.get("model_id")
             ids = payload.get("sample_sequence_ids")
@@ -49,14 +49,14 @@ class CreateSamplingSessionResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class JoinSamplingSessionResponse(Wire):
-    """A clone of a sampling client was registered; the original's counter is 0."""
+    """A clone of a sampling client was registered; the original client has counter 0."""
 
     client_counter: int
 
 
 @dataclasses.dataclass(frozen=True)
 class GetSamplerResponse(Wire):
-    """The model of a sampler.  Only the embedded server sends ``tokenizer_id``."""
+    """What a sampler samples from.  Only the embedded server sends ``tokenizer_id``."""
 
     sampler_id: str
     base_model: str
@@ -66,7 +66,7 @@ class GetSamplerResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SupportedModel(Wire):
-    """A base model that the server offers; None where the server did not report a value."""
+    """A base model that the server offers; fields that it did not report are None."""
 
     model_name: Optional[str] = None
     max_context_length: Optional[int] = None
@@ -76,7 +76,7 @@ class SupportedModel(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class GetServerCapabilitiesResponse(Wire):
-    """The base models the server offers."""
+    """The base models that the server offers."""
 
     supported_models: List[SupportedModel]
 
@@ -106,7 +106,7 @@ def _named(model: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ApiKeyInfo(Wire):
-    """Information about a key: ``details`` name its organization and its user."""
+    """Information about a key; ``details`` names its organization and its user."""
 
     key_id: int
     name: str = ""

@@ -1,4 +1,4 @@
-"""Sessions: lists, search and status (docs/protocol.md, "REST lists")."""
+"""Lists, search and status of sessions (docs/protocol.md, "REST lists")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinkex.types._wire import UnknownVariant, Wire, bulk, instant, json_strings
 
 @dataclasses.dataclass(frozen=True)
 class ListSessionsResponse(Wire):
-    """Ids of sessions, newest first."""
+    """One page of session ids, newest first."""
 
     sessions: List[str] = bulk(read=json_strings)
 
@@ -29,7 +29,7 @@ class GetSessionResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SessionTraceExport(Wire):
-    """The state of a trace export: ``pending``, ``ready`` with a *url*, or ``failed``."""
+    """The state of a trace export: ``pending``, ``ready`` with a ``url``, or ``failed``."""
 
     status: str
     url: Optional[str] = None
@@ -135,7 +135,7 @@ class AccessibleSessions(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SessionsOfUsers(Wire):
-    """Sessions of 1 to 10 users, named by their URNs."""
+    """The sessions of 1 to 10 users, named by their URNs."""
 
     owner_urns: List[str]
     type: str = "user"
@@ -146,11 +146,11 @@ SessionOwnerFilter = Union[OwnSessions, AccessibleSessions, SessionsOfUsers]
 
 @dataclasses.dataclass(frozen=True)
 class SessionStatusFilter(Wire):
-    """Sessions of one status.
+    """Sessions with one status.
 
     Args:
         type: ``active``, ``cancelled``, ``failed`` or ``client_finished``.
-        reasons: of ``client_finished`` only: ``success``, ``errored`` or ``interrupted``.
+        reasons: only with ``client_finished``: ``success``, ``errored`` or ``interrupted``.
     """
 
     type: str
@@ -159,7 +159,7 @@ class SessionStatusFilter(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class ActiveSessionStatusQuery(SessionStatusFilter):
-    """Active sessions; this and the three below are the official SDK's names."""
+    """Active sessions.  The names of this class and the next three are the official SDK's."""
 
     type: str = "active"
 
@@ -180,7 +180,7 @@ class FailedSessionStatusQuery(SessionStatusFilter):
 
 @dataclasses.dataclass(frozen=True)
 class ClientFinishedSessionStatusQuery(SessionStatusFilter):
-    """Sessions that their client ended, optionally for one of *reasons*."""
+    """Sessions that were ended by their client, optionally for one of *reasons*."""
 
     type: str = "client_finished"
 
@@ -198,15 +198,15 @@ class SessionSearchRequest:
     """A search for sessions; fields that are None match any session.
 
     Attributes:
-        session_id: the session with this id.
-        project_ids: sessions in one of these projects.
-        user_metadata: sessions with all of these values.
-        display_name: sessions of this name, at least one character.
-        owner: sessions of these owners; by default the caller's own.  May be a mapping with a
+        session_id: match the session with this id.
+        project_ids: match sessions in one of these projects.
+        user_metadata: match sessions with all of these values.
+        display_name: match sessions with this name, at least one character.
+        owner: match sessions of these owners; by default the caller's own.  May be a mapping with a
             ``type``.
-        statuses: sessions with one of these statuses.  May be mappings with a ``type``.
-        limit: sessions per page, 1 to 200.
-        cursor: ``next_cursor`` of the previous page.
+        statuses: match sessions with one of these statuses.  May be mappings with a ``type``.
+        limit: the number of sessions per page, 1 to 200.
+        cursor: the ``next_cursor`` of the previous page.
     """
 
     session_id: Optional[str] = None
@@ -241,7 +241,7 @@ class SessionSummary(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SessionSearchResponse(Wire):
-    """A page of sessions; ``next_cursor`` is None on the last."""
+    """One page of sessions; ``next_cursor`` is None on the last page."""
 
     sessions: List[SessionSummary]
     next_cursor: Optional[SessionSearchCursor] = None

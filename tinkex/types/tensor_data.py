@@ -1,4 +1,4 @@
-"""TensorData: a small dense or CSR-sparse tensor, held in numpy buffers throughout."""
+"""TensorData: a small dense or CSR-sparse tensor, kept in numpy arrays."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DTYPES = ("int64", "float32")
 def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
     """Return *values* as a C-contiguous array of *dtype*, or of the dtype that fits them.
 
-    It never shares memory with *values*: callers reuse buffers, and a batch is encoded long after
-    its tensors were made.
+    The array never shares memory with *values*: callers reuse buffers, and a batch is encoded long
+    after its tensors were created.
     """
     try:
         array = np.asarray(values)
@@ -36,19 +36,19 @@ def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
             f"{what} is not a rectangular array of numbers: {error}",
             hint="Every row must have the same length; pad the short ones.",
         ) from error
-    # With an explicit dtype, also what numpy makes of Python lists: bools, and unsigned integers
-    # for very large ones.
+    # An explicit dtype also allows bools, and the unsigned integers that numpy chooses for Python
+    # lists with very large numbers.
     if array.dtype.kind not in ("if" if dtype is None else "ifbu"):
         raise InvalidInputError(
             f"{what} has dtype {array.dtype}; only signed integers and floats can be sent",
             hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
         )
     target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
-    is_fresh = isinstance(values, (list, tuple))  # numpy has just made a new array
-    # Values beyond float32 become infinity, which is checked where it matters (`check_batch`).
+    is_fresh = isinstance(values, (list, tuple))  # numpy has just created a new array
+    # Values beyond float32 become infinity, which `check_batch` refuses where it matters.
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(target, order="C", copy=not is_fresh)
-    # Compared by value, not by dtype, because numpy makes an empty list an array of floats.
+    # Compared by value, not by dtype, because numpy turns an empty list into an array of floats.
     if target == "int64" and array.dtype.kind in "fu" and not np.array_equal(converted, array):
         raise InvalidInputError(
             f"{what} has dtype int64, but holds values that are not 64-bit integers"
@@ -61,17 +61,20 @@ class TensorData:
     """A tensor of dtype ``int64`` or ``float32``, row-major, dense or CSR-sparse.
 
     Args:
-        data: the values, flattened row-major (for a sparse tensor: the listed values only).
-        dtype: ``"int64"`` or ``"float32"``; taken from *data* if it is an array.
-        shape: the shape; ``(len(data),)`` if left out.  Required for a sparse tensor.
-        sparse_crow_indices: CSR row pointers, rows + 1 of them; with *sparse_col_indices*.
+        data: the values, as a nested sequence or flattened row-major; for a sparse tensor, only the
+            listed values.
+        dtype: ``"int64"`` or ``"float32"``; by default the one that fits *data*.
+        shape: the shape; by default that of *data*.  Required for a sparse tensor.
+        sparse_crow_indices: CSR row pointers, one more than there are rows; only together with
+            *sparse_col_indices*.
         sparse_col_indices: CSR column of each listed value.
 
     Raises:
-        InvalidInputError: unknown dtype, or sizes that contradict each other.
+        InvalidInputError: *dtype* is unknown, *data* cannot be converted, or the sizes contradict
+            each other.
 
-    The values are copied, so later writes to *data* have no effect.  Immutable, so it may be shared
-    between threads; ``values`` and the indices must not be written to.
+    The values are copied, so later writes to *data* have no effect.  A tensor is immutable, so
+    threads may share it; do not write to ``values`` or the indices.
     """
 
     values: Array
@@ -112,8 +115,8 @@ class TensorData:
             raise InvalidInputError("a sparse tensor needs both crow and col indices")
         if crow is not None and col is not None:
             _check_csr(values, shape, crow, col)
-        # math.prod, because numpy's would wrap around for a huge shape; and two negative dimensions
-        # have a positive product.
+        # math.prod, because numpy's product would wrap around for a huge shape.  Negative
+        # dimensions are checked separately, because two of them have a positive product.
         elif math.prod(shape) != values.size or any(n < 0 for n in shape):
             raise InvalidInputError(f"tensor shape {shape} does not hold {values.size} values")
         set_field = object.__setattr__
@@ -131,10 +134,10 @@ class TensorData:
         crow: Optional[Array] = None,
         col: Optional[Array] = None,
     ) -> TensorData:
-        """Like the constructor, without a copy.
+        """Like the constructor, but without copying; for decoders.
 
-        For decoders: *values* is a contiguous array of one of the two dtypes, the indices are of
-        int64, and nothing else refers to them.
+        *values* must be a contiguous array of one of the two dtypes, the indices must be int64, and
+        nothing else may refer to them.
         """
         tensor = object.__new__(cls)
         tensor._set(values, shape, crow, col)
@@ -144,11 +147,11 @@ class TensorData:
     def _of(cls, values: Array, dtype: str, shape: Tuple[int, ...]) -> TensorData:
         """Wrap flat, contiguous *values* of *dtype* that are known to fill *shape*.
 
-        For decoders, which check a field of many tensors at once: the constructor's own checks
-        are most of the cost of reading a result of a thousand tensors.
+        For decoders, which check one field of many tensors at once: the constructor's checks would
+        take most of the time of reading a result of a thousand tensors.
         """
         tensor = object.__new__(cls)
-        # Directly: the class is frozen, and object.__setattr__ would cost a call for each field.
+        # The class is frozen, and object.__setattr__ would cost a call per field.
         fields = tensor.__dict__
         fields["values"], fields["dtype"], fields["shape"] = values, dtype, shape
         fields["crow_indices"] = fields["col_indices"] = None
@@ -156,18 +159,18 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: Array) -> TensorData:
-        """Copy *array*: floats become float32, signed integers int64; others are an error."""
+        """Copy *array*: floats become float32, signed integers int64; others are refused."""
         return cls._adopt(_as_wire_array(array, None, "array"))
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
+        """Copy a torch tensor from any device; bfloat16 and float16 are widened to float32."""
         if not hasattr(tensor, "detach"):
             raise InvalidInputError(
                 f"from_torch was given {a_type(tensor)}, not a torch tensor",
                 hint="TensorData(...) takes lists and numpy arrays.",
             )
-        # numpy knows neither sparse layouts nor bfloat16.
+        # numpy supports neither sparse layouts nor bfloat16.
         detached = tensor.detach().cpu()
         if str(detached.layout) != "torch.strided":
             detached = detached.to_dense()
@@ -177,9 +180,9 @@ class TensorData:
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
-        """Copy a torch tensor of two dimensions, as CSR if that is smaller.
+        """Copy a two-dimensional torch tensor, as CSR if that is smaller.
 
-        Cells equal to *pad_value* are not listed; pass the same value to read it back as dense.
+        Cells equal to *pad_value* are not listed; pass the same *pad_value* to `to_torch`.
         """
         pad_value = to_int(pad_value)
         if type(pad_value) is not int:
@@ -187,7 +190,7 @@ class TensorData:
         dense = cls.from_torch(tensor)
         if len(dense.shape) != 2:
             raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {dense.shape}")
-        # CSR costs an index for each listed value, and one for each row and the end.
+        # CSR stores an index for each listed value, one for each row, and one for the end.
         table = dense._dense()
         listed = table != pad_value
         if len(table) + 1 + 2 * int(np.count_nonzero(listed)) >= table.size:
@@ -207,7 +210,7 @@ class TensorData:
 
     @property
     def is_sparse(self) -> bool:
-        """True if only listed values are stored (CSR)."""
+        """Whether only the listed values are stored (CSR)."""
         return self.crow_indices is not None
 
     @property
@@ -226,7 +229,7 @@ class TensorData:
     def to_numpy(self, pad_value: float = 0) -> Array:
         """Return a new array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
 
-        Writing to it does not change the tensor, which requests in progress may still use.
+        Writing to the array does not change the tensor, which requests in progress may still use.
         """
         dense = self._dense(pad_value)
         return dense if self.is_sparse else dense.copy()
@@ -236,7 +239,7 @@ class TensorData:
         if self.crow_indices is None or self.col_indices is None:
             return self.values.reshape(self.shape)
         dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
-        # The row of each listed value: row r has crow[r + 1] - crow[r] of them.
+        # The row of each listed value: row r has crow[r + 1] - crow[r] values.
         rows = np.repeat(np.arange(self.shape[0]), np.diff(self.crow_indices))
         dense[rows, self.col_indices] = self.values
         return dense
@@ -245,7 +248,7 @@ class TensorData:
         """Return a new torch tensor of ``shape`` (needs torch)."""
         import torch
 
-        # It shares the memory of the copy, which nothing else refers to.
+        # The result shares the memory of the new array, which nothing else refers to.
         return torch.from_numpy(self.to_numpy(pad_value))
 
     def tolist(self, pad_value: float = 0) -> List[Any]:
@@ -270,7 +273,7 @@ class TensorData:
         )
 
     def __hash__(self) -> int:
-        # Without the values: equal ones may differ in their bytes (0.0 and -0.0, NaN payloads).
+        # Without the values: equal values may differ in their bytes (0.0 and -0.0, NaN payloads).
         return hash((self.dtype, self.shape))
 
     def __repr__(self) -> str:
@@ -281,8 +284,8 @@ class TensorData:
 def first_where(test: Callable[[Array], Array], arrays: Sequence[Array]) -> Optional[int]:
     """Return the index of the first of the flat *arrays* with an element that passes *test*.
 
-    Short arrays are tested in groups: one by one takes four times as long, and all together would
-    take as much memory again.
+    Short arrays are tested in groups: one by one would take four times as long, and all at once
+    would double the memory.
     """
     start = 0
     while start < len(arrays):
@@ -302,7 +305,7 @@ def _as_shape(shape: Sequence[int]) -> Tuple[int, ...]:
 
 
 def index_array(indices: Any) -> Optional[Array]:
-    """Return CSR *indices* as a flat array of int64; None if there are none."""
+    """Return CSR *indices* as a flat array of int64, or None for None."""
     if indices is None:
         return None
     return _as_wire_array(indices, "int64", "an index list of the sparse tensor").reshape(-1)
@@ -318,7 +321,7 @@ def _check_csr(values: Array, shape: Sequence[int], crow: Array, col: Array) -> 
     if len(shape) != 2:
         raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {tuple(shape)}")
     rows, columns = shape
-    # In this order: the later tests read what the earlier ones have shown to be there.
+    # In this order, because later tests read elements that earlier ones have shown to exist.
     fits = (
         rows >= 0
         and crow.size == rows + 1

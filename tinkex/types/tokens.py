@@ -13,17 +13,18 @@ from tinkex.types._numbers import SHORT
 def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
     """Return *tokens* as a contiguous array of int32 that shares no memory with them.
 
-    *tokens* are a flat sequence of ints, an array, or what a tokenizer returns: a mapping with
-    ``input_ids`` of one sequence.  The result is an array.array for a short list or tuple of plain
-    ints, and a numpy array for others.
+    *tokens* are a flat sequence of ints, an array, or the return value of a tokenizer: a mapping
+    with ``input_ids`` of one sequence.  The result is an array.array for a short list or tuple of
+    plain ints, and a numpy array for anything else.
 
     Args:
-        owned: *tokens* is an array that nothing else refers to, and need not be copied.
+        owned: nothing else refers to the array *tokens*, so it need not be copied.
 
     Raises:
-        InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
+        InvalidInputError: *tokens* are not a flat sequence of integers, or an integer is outside
+            0 .. 2**31 - 1.
     """
-    # Exactly int: array.array would take bools, too, which are refused below.
+    # Exactly int: array.array would also accept bools, which are refused below.
     if isinstance(tokens, (list, tuple)) and len(tokens) <= SHORT and {*map(type, tokens)} <= {int}:
         try:
             short = array.array("i", tokens)
@@ -55,13 +56,13 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
             f"token ids range from {int(ids.min())} to {int(ids.max())}; "
             "they must lie in 0 .. 2**31 - 1"
         )
-    # Copied, because callers reuse buffers; for a list numpy has just made a new array.
+    # Copied, because callers reuse buffers; for a list, numpy has just created a new array.
     owned = owned or isinstance(tokens, (list, tuple))
     return ids.astype(np.int32, order="C", copy=not owned)
 
 
 def hint_for_model_input(given: Any) -> str:
-    """Return advice about *given*, where a ModelInput was expected."""
+    """Return advice for a caller who gave *given* instead of a ModelInput."""
     try:
         as_tokens(given)
     except InvalidInputError:
@@ -70,7 +71,7 @@ def hint_for_model_input(given: Any) -> str:
 
 
 def _only_sequence(encoding: Mapping[str, Any]) -> Any:
-    """Return the ids from a tokenizer's result; InvalidInputError unless there is one sequence."""
+    """Return the ids in a tokenizer's result; InvalidInputError unless they are one sequence."""
     if "input_ids" not in encoding:
         raise InvalidInputError(
             f"tokens are {a_type(encoding)} without input_ids",

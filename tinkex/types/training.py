@@ -1,4 +1,4 @@
-"""Training calls: their parameters, results and control messages.
+"""Parameters, results and control messages of training calls.
 
 See docs/protocol.md, "Training runs" and "Submissions".
 """
@@ -22,7 +22,7 @@ _LAYERS = ("train_mlp", "train_attn", "train_unembed")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Wire):
-    """Which LoRA adapter to train: its rank, at least 1, and on which layers.
+    """The LoRA adapter to train: its rank, at least 1, its seed, and the layers it adapts.
 
     numpy values, and strings such as ``"8"`` and ``"false"``, are converted.
     """
@@ -62,10 +62,10 @@ class ForwardBackwardOutput:
     """The result of one pass over a batch.
 
     Attributes:
-        loss_fn_outputs: one map per datum, in input order.  ``["logprobs"]`` is float32 of the
+        loss_fn_outputs: one map per datum, in input order.  ``["logprobs"]`` is float32, with the
             shape of the datum's ``target_tokens``.
-        metrics: by name, with the reduction after a colon: ``"loss:sum"``.  Those of a custom loss
-            that are not numbers are what the loss returned.
+        metrics: metrics by name, with the reduction after a colon: ``"loss:sum"``.  A custom loss
+            may also return values that are not numbers; they are unchanged.
         loss_fn_output_type: the server's name for the kind of output.
     """
 
@@ -91,7 +91,7 @@ class LoadWeightsResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class OptimStepResponse(Wire):
-    """An optimizer step was taken; ``metrics`` is empty on servers that report none."""
+    """An optimizer step was done; ``metrics`` is empty if the server reports none."""
 
     metrics: Dict[str, float] = bulk({}, read=json_number_map)
 
@@ -103,29 +103,32 @@ class SaveWeightsResponse(Wire):
     path: str
 
     def get_console_url(self) -> str:
-        """The checkpoint's page in the hosted service's console."""
+        """Return the URL of the checkpoint's page in the hosted service's console."""
         return checkpoint_url(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveWeightsForSamplerResponse(Wire):
-    """Sampler weights were saved: named ones have a ``path``, ephemeral ones a session id."""
+    """Weights were saved for sampling: under a ``path``, or for the session alone as a sampler.
+
+    Only one field is set: ``path``, or ``sampling_session_id``, the id of that sampler.
+    """
 
     path: Optional[str] = None
     sampling_session_id: Optional[str] = None
 
     def get_console_url(self) -> str:
-        """The checkpoint's page in the hosted service's console; named checkpoints only."""
+        """Return the URL of the checkpoint's console page; only for a checkpoint with a path."""
         return checkpoint_url(self.path or "")
 
     def get_playground_url(self) -> str:
-        """The hosted service's page to sample from the checkpoint; named checkpoints only."""
+        """Return the URL of the page to sample from it; only for a checkpoint with a path."""
         return playground_url(self.path or "")
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveWeightsExternalResponse(Wire):
-    """Weights were saved for download at ``path``; ``size_bytes`` if the server reports it."""
+    """Weights were saved for download at ``path``; ``size_bytes`` is None if not reported."""
 
     path: str
     size_bytes: Optional[int] = None
@@ -159,8 +162,8 @@ class GetInfoResponse(Wire):
     """A training run, as the server describes it.
 
     Attributes:
-        adapted_modules: the layers that the adapter changes, by name, with ``*`` in place of
-            indices, and how many layers match.  None if the server does not report it.
+        adapted_modules: how many layers the adapter changes, by the layers' name with ``*`` in
+            place of indices.  None if the server does not report it.
     """
 
     model_id: str

@@ -1,4 +1,4 @@
 """The JSON and protobuf encodings of bulk values, and the splitting of batches.
 
-No I/O, no threads.  ``codec`` holds the interface and the choice by content type.
+No I/O, no threads.  ``codec`` defines the interface and chooses an encoding by content type.
 """

@@ -16,8 +16,8 @@ def split(
 ) -> List[slice]:
     """Split datums of *sizes* bytes, in order, into slices of at most *max_datums* and *max_bytes*.
 
-    A datum larger than *max_bytes* gets a slice of its own.  No datums give no slices.  At each
-    index in *breaks* a new slice begins.
+    A datum larger than *max_bytes* gets a slice of its own.  A new slice begins at each index in
+    *breaks*.  Without datums there are no slices.
     """
     slices: List[slice] = []
     start = filled_bytes = 0
@@ -35,11 +35,11 @@ def split(
 def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     """Join the outputs of the chunks of one batch, given in chunk order.
 
-    A metric is reduced by what follows the colon in its name: ``sum``, ``min``, ``max``,
-    ``mean`` (weighted by datums), ``slack`` (max minus mean), ``hash2`` (sum modulo 2**64),
-    ``unique`` (the first value keeps the name, the i-th after it is named ``<name>_<i>``).  The
-    names are those of the first chunk; one that another chunk lacks is dropped, because reducing
-    only some of the chunks would give a wrong value.
+    The part of a metric's name after the colon says how the metric is reduced: ``sum``, ``min``,
+    ``max``, ``mean`` (weighted by datums), ``slack`` (max minus mean), ``hash2`` (sum modulo
+    2**64), ``unique`` (the first value keeps the name, the i-th after it is named ``<name>_<i>``).
+    The names are those of the first chunk; a metric that another chunk lacks is dropped, because
+    reducing only some of the chunks would give a wrong value.
 
     A name without exactly one colon, or with an unknown reduction, is treated like ``unique``; a
     mean over chunks without any datum is unweighted.  A single chunk is reduced like several.
@@ -51,8 +51,8 @@ def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
         raise InvalidInputError("there are no outputs to combine")
     weights = [len(output.loss_fn_outputs) for output in outputs]
     metrics: Dict[str, float] = {}
-    # The official SDK raises an error for an unknown reduction, or drops the metric.  Here a metric
-    # that a server adds must not cost the result of a batch.
+    # For an unknown reduction, the official SDK raises an error or drops the metric.  Here, a
+    # server's new metric must not cost the result of a batch.
     for name in outputs[0].metrics:
         if all(name in output.metrics for output in outputs):
             values = [output.metrics[name] for output in outputs]

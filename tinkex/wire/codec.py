@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
 
-#: What Python, numpy, orjson and protobuf raise for malformed values.  Not Exception: a fault of
-#: ours should show as one.
+#: What Python, numpy, orjson and protobuf raise for malformed values.  Not Exception, so that a bug
+#: of ours shows as a bug.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Parts:
-    """A large body as bytes and arrays, joined a block at a time while it is sent.
+    """A large body made of bytes and arrays, joined block by block while it is sent.
 
-    The arrays must not be written to before `keep` is called.
+    The arrays must not be changed before `keep` is called.
 
     Args:
-        blocks: lists of bytes and contiguous arrays; each block is sent in one piece.
-        size: bytes of all blocks together.
+        blocks: lists of bytes and contiguous arrays; each list is one block, sent in one piece.
+        size: the bytes in all blocks together.
     """
 
-    # Joining all of it first would hold a batch in memory twice, and getting that much fresh memory
-    # from the system takes longer than filling it.
+    # Joining everything first would hold the batch in memory twice, and getting that much fresh
+    # memory from the system takes longer than filling it.
 
     def __init__(self, blocks: List[List[Any]], size: int) -> None:
         self._blocks = blocks
@@ -59,16 +59,16 @@ class Parts:
     __hash__ = None  # type: ignore[assignment]  # the arrays may change
 
     def keep(self) -> None:
-        """Copy the arrays, so that their owner may write to them again."""
+        """Copy the arrays, so that their owner may change them."""
         self._blocks = [[bytes(self)]]
 
 
 class Codec(Protocol):
-    """One encoding.  Client and server use the same codec, so each message has both directions.
+    """One encoding.  Client and server use the same codec, so it both encodes and decodes.
 
-    Encoders raise InvalidInputError if a value has no form in the encoding.  Decoded arrays belong
-    to the caller: they are writable, in native byte order, and of the dtypes that the types
-    document.  Unknown fields are ignored.
+    Encoders raise InvalidInputError if the encoding cannot express a value.  Decoded arrays belong
+    to the caller: they are writable, in native byte order, and have the documented dtypes.  Unknown
+    fields are ignored.
     """
 
     @property
@@ -102,10 +102,10 @@ class Codec(Protocol):
 
 
 def codec_for(content_type: str) -> Codec:
-    """Return the codec of an HTTP ``Content-Type`` value: JSON for anything but protobuf."""
+    """Return the codec for an HTTP ``Content-Type``: JSON for anything but protobuf."""
     media_type = content_type.partition(";")[0].strip().lower()
     codec: Codec
-    # Imported here, because protobuf takes longer to import than many programs run.
+    # Imported here, because importing protobuf takes longer than many programs run.
     if media_type in (PROTOBUF_CONTENT_TYPE, "application/protobuf"):
         codec = import_late("tinkex.wire.proto_codec").PROTOBUF
     else:
@@ -136,7 +136,7 @@ def translating(error_type: Type[TinkexError], doing: str) -> Iterator[None]:
         yield
     except error_type:
         raise
-    # Values check themselves with InvalidInputError; in a response that is the server's fault.
+    # Types check their values with InvalidInputError; in a response, that is the server's fault.
     except TinkexError as error:
         raise error_type(f"{doing}: {error.message}", hint=error.hint) from error
     except _MALFORMED as error:

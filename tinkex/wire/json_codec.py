@@ -1,6 +1,6 @@
-"""The JSON encoding (docs/protocol.md, "JSON encoding"), by orjson: it writes numpy buffers in C.
+"""The JSON encoding (docs/protocol.md, "JSON encoding"); orjson writes numpy buffers in C.
 
-JSON has no NaN and no infinity: orjson writes both as null, and null is read as NaN.
+JSON has neither NaN nor infinity: orjson writes both as null, and null is read as NaN.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ class JsonCodec:
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
         """Write the body of ``forward_backward``, or of ``forward`` for a forward-only pass.
 
-        Sparse tensors are written as dense ones: servers that take JSON may not know them.
+        Sparse tensors are written as dense ones: servers that take JSON may not support them.
         """
         with translating(InvalidInputError, "this batch cannot be sent as JSON"):
             batch: Dict[str, Any] = {
                 "data": [_datum_to_json(datum) for datum in request.data],
                 "loss_fn": request.loss_fn,
             }
-            # Not even an empty one: some servers reject fields that they do not know
-            # (docs/protocol.md, "Bodies").
+            # Leave out even an empty config: some servers reject unknown fields (docs/protocol.md,
+            # "Bodies").
             if request.loss_fn_config:
                 batch["loss_fn_config"] = dict(request.loss_fn_config)
             key = "forward_input" if request.forward_only else "forward_backward_input"
             return _dump({key: batch, "model_id": request.model_id, "seq_id": request.seq_id})
 
     def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
-        """Write the same body as one part, because orjson copies the arrays."""
+        """Write the same body as one part, as orjson copies the arrays anyway."""
         body = self.encode_forward_backward(request)
         return Parts([[body]], len(body))
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
-        """Read the body of ``forward_backward`` or ``forward``, distinguished by its key."""
+        """Read the body of ``forward_backward`` or ``forward``, which have different keys."""
         with translating(InvalidInputError, "malformed JSON training request"):
             payload = _load_object(body)
-            # The key, and not the route, decides whether there is a backward pass: a body with both
-            # would be ambiguous.
+            # The key, not the route, decides whether there is a backward pass: a body with both
+            # keys would be ambiguous.
             keys = [key for key in _INPUT_KEYS if key in payload]
             if len(keys) != 1:
                 raise ValueError(f"expected one of {' and '.join(_INPUT_KEYS)}")
@@ -88,7 +88,7 @@ class JsonCodec:
             )
 
     def size_of(self, datum: Datum) -> int:
-        """Count the bytes of *datum* in a body; InvalidInputError if it has no JSON form."""
+        """Return the bytes of *datum* in a body; InvalidInputError if it has no JSON form."""
         with translating(InvalidInputError, "this datum cannot be sent as JSON"):
             return len(_dump(_datum_to_json(datum))) + 1  # the comma
 
@@ -107,7 +107,7 @@ class JsonCodec:
             )
 
     def decode_output(self, body: bytes) -> ForwardBackwardOutput:
-        """Read the result of a pass; missing or null metrics are an empty map."""
+        """Read the result of a pass; missing or null metrics become an empty map."""
         with translating(ResponseDecodeError, "malformed JSON result of a pass"):
             payload = _load_object(body)
             return ForwardBackwardOutput(
@@ -178,7 +178,8 @@ def _load_object(body: bytes) -> Dict[str, Any]:
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:
-        # NaN and Infinity are not JSON, but Python servers write them; Python's json reads them.
+        # NaN and Infinity are not JSON, but Python servers write them, and Python's json reads
+        # them.
         if b"NaN" not in body and b"Infinity" not in body:
             raise
         try:
@@ -253,7 +254,7 @@ def _logprobs(values: Optional[List[Optional[float]]]) -> Any:
     """Return the values as a flat float32 array; None for an empty list, as in protobuf."""
     if not values:
         return None
-    # A program that only samples need not import numpy for it.  Nulls go the longer way.
+    # Without numpy, which a program that only samples need not import.  Nulls take the slower path.
     if len(values) <= SHORT and {*map(type, values)} <= {float, int}:
         return array.array("f", values)
     logprobs = _floats(values)
@@ -296,7 +297,7 @@ def _topk_from_json(
     """Read ``[null or [[id, logprob], ...], ...]``; short rows are padded with the sentinel."""
     if not rows:
         return None
-    # All cells in one array first: a Python loop over tokens would take longer than decoding.
+    # Put all cells into one array first: a Python loop over tokens would take longer than decoding.
     filled = [row or [] for row in rows]
     lengths = np.array([len(row) for row in filled])
     k = int(lengths.max())
@@ -309,7 +310,7 @@ def _topk_from_json(
     ids = cells[:, 0]
     if not bool(np.all((ids >= 0) & (ids <= 0x7FFFFFFF) & (ids == np.floor(ids)))):
         raise ValueError("a top-k cell does not begin with a token id")
-    # The mask, (rows, k), fills both arrays row by row, in the order of the cells.
+    # The mask, of shape (rows, k), fills both arrays row by row, in the order of the cells.
     used = np.arange(k) < lengths[:, np.newaxis]
     token_ids = np.zeros(used.shape, dtype=np.int32)
     logprobs = np.full(used.shape, TOPK_SENTINEL, dtype=np.float32)

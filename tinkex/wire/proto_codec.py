@@ -46,8 +46,8 @@ else:
     Array = Any
 
 
-#: DType -> numpy dtype on the wire.  numpy has no bfloat16: it is read as 16 bits, the upper half
-#: of a float32.
+#: DType -> numpy dtype on the wire.  numpy has no bfloat16: it is read as 16-bit integers, each the
+#: upper half of a float32.
 _WIRE_DTYPES: Mapping[int, str] = {
     pb.FLOAT32: "<f4",
     pb.INT64: "<i8",
@@ -57,8 +57,8 @@ _WIRE_DTYPES: Mapping[int, str] = {
 _STOP_REASONS = {pb.STOP: "stop", pb.LENGTH: "length"}
 _STOP_CODES = {name: code for code, name in _STOP_REASONS.items()}
 
-#: Limit for a record without fields, whose size is a mere number: a few bytes on the wire must not
-#: exhaust memory.
+#: The most datums in a record.  In a record without fields, the count is just a number: a few bytes
+#: on the wire must not exhaust the memory.
 _MAX_EMPTY_DATUMS = 1 << 20
 
 #: numpy's own limit.
@@ -73,7 +73,7 @@ class ProtobufCodec:
     content_type: str = PROTOBUF_CONTENT_TYPE
 
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
-        """Write a ForwardBackwardRequest; ``forward_only`` is one of its fields."""
+        """Write a ForwardBackwardRequest, which includes ``forward_only``."""
         return bytes(self.forward_backward_parts(request))
 
     def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
@@ -96,7 +96,7 @@ class ProtobufCodec:
             )
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
-        """Write a ForwardBackwardOutput: one record per run of datums of the same fields.
+        """Write a ForwardBackwardOutput: one record per run of datums with the same fields.
 
         A sparse tensor is written as a dense one, and a scalar as a tensor of one element.
         """
@@ -168,7 +168,7 @@ PROTOBUF = ProtobufCodec()
 
 
 def _serialise(message: Message) -> bytes:
-    # Maps in sorted order, so that the same message always gives the same bytes.
+    # Write maps in sorted order, so that the same message always gives the same bytes.
     return message.SerializeToString(deterministic=True)
 
 
@@ -191,8 +191,8 @@ def _to_array(raw: bytes, dtype: int) -> Array:
     wire_dtype = _WIRE_DTYPES.get(dtype)
     if wire_dtype is None:
         raise ValueError(f"unknown tensor dtype {dtype}")
-    # frombuffer refuses bytes that are not a multiple of the item size; its array is read-only and
-    # refers to the message, so what is returned is a copy.
+    # frombuffer refuses a size that is not a multiple of the item size.  Its array is read-only and
+    # refers to the message, so return a copy.
     values = np.frombuffer(raw, wire_dtype)
     if dtype == pb.BFLOAT16:
         # A bfloat16 is the upper half of a float32: widening is exact, NaN and infinity included.
@@ -289,7 +289,7 @@ def _get_loss_fn_config(message: pb.ForwardBackwardRequest) -> Dict[str, Union[f
 
 # ---- Results of passes ----
 
-#: Common to the datums of one record: (field name, dtype, trailing shape), sorted by name.
+#: What the datums of one record have in common: (field name, dtype, trailing shape), sorted.
 Signature = Tuple[Tuple[str, str, Tuple[int, ...]], ...]
 
 
@@ -315,7 +315,7 @@ def _put_record(
 
 def _get_record(message: pb.ArrayRecord) -> List[Dict[str, TensorData]]:
     columns = {name: _get_batched(name, field) for name, field in message.fields.items()}
-    # num_datums is 0 for "not set", too; the fields decide then.
+    # num_datums is also 0 if it is not set; then the fields decide.
     count = message.num_datums or max((len(column) for column in columns.values()), default=0)
     if any(len(column) != count for column in columns.values()):
         sizes = {name: len(column) for name, column in columns.items()}
@@ -328,7 +328,7 @@ def _get_record(message: pb.ArrayRecord) -> List[Dict[str, TensorData]]:
 
 
 def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
-    """Split the field into one tensor per datum, all views of one buffer."""
+    """Split the field into one tensor per datum; all are views of one buffer."""
     data = message.data  # read once: every access copies it
     values = _to_array(data, message.dtype)
     itemsize = np.dtype(_WIRE_DTYPES[message.dtype]).itemsize
@@ -336,7 +336,7 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     trailing_shape = tuple(message.trailing_shape)
     if any(n < 0 for n in trailing_shape):
         raise ValueError(f"field {name!r} has trailing shape {trailing_shape}")
-    # Offsets count bytes, and each must be the beginning of a row of *trailing_shape*.
+    # Offsets count bytes, and each must be the start of a row of *trailing_shape*.
     row = math.prod(trailing_shape)
     fits = (
         offsets.size > 0
@@ -347,7 +347,7 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     )
     if not fits:
         raise ValueError(f"the offsets of field {name!r} do not fit its {len(data)} bytes")
-    # From here on in values: rows per datum, and one shape object for all datums of a length.
+    # From here on, count in values: rows per datum, and one shape object per length.
     bounds = offsets // itemsize
     lengths = np.diff(bounds) // max(row, 1)
     shapes = {length: (length, *trailing_shape) for length in set(lengths.tolist())}
@@ -377,7 +377,7 @@ def _get_sequence(message: pb.SampledSequence) -> SampledSequence:
     stop_reason = _STOP_REASONS.get(message.stop_reason)
     if stop_reason is None:
         raise ValueError(f"unknown stop reason {message.stop_reason}")
-    # Not by numpy, which a program that only samples need not import.
+    # Without numpy, which a program that only samples need not import.
     tokens = from_bytes("i", message.tokens)
     logprobs = from_bytes("f", message.logprobs) if message.logprobs else None
     if logprobs is not None and len(logprobs) != len(tokens):

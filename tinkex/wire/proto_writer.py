@@ -2,8 +2,8 @@
 
 The message is described in docs/protocol.md, "Requests in protobuf".
 
-Batches are most of what a training run sends.  The protobuf library would copy every array three
-times: into a bytes object, into a message and into the body.  Here the arrays themselves are parts
+Most of what a training run sends is batches.  The protobuf library would copy every array three
+times: into a bytes object, into a message and into the body.  Here, the arrays themselves are parts
 of the body, between a few bytes of framing, which repeat from datum to datum and are cached.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     Array = Any
 
-#: Bytes, or an array whose memory is sent as it is.
+#: Bytes, or an array whose memory is sent as is.
 Part = Any
 
 #: Wire types (protobuf encoding guide).
@@ -46,13 +46,13 @@ _VARINT, _FIXED64, _BYTES = 0, 1, 2
 
 _INT32_BYTES = 4
 
-_FLOAT32, _INT64 = 1, 2  # of the enum DType
+_FLOAT32, _INT64 = 1, 2  # values of the enum DType
 
-#: Parsers of protobuf accept no more.
+#: Protobuf parsers accept no larger body.
 _MAX_BODY = (1 << 31) - 1
 
-#: Datums are added to a block until it has this size.  Smaller blocks are slower: each is a system
-#: call, during which the interpreter switches to another thread.
+#: Datums are added to a block until it has this size.  Smaller blocks are slower: each takes a
+#: system call, during which the interpreter switches to another thread.
 _BLOCK_BYTES = 1 << 20
 
 #: Whether arrays have the same byte order in memory as on the wire.
@@ -60,7 +60,7 @@ _LITTLE = sys.byteorder == "little"
 
 
 def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
-    """Encode *request*; maps are written in the order of their keys.
+    """Encode *request*, with maps sorted by key.
 
     Raises:
         InvalidInputError: a chunk has no protobuf form, or the body would be too large.
@@ -69,7 +69,7 @@ def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
     block: List[Part] = [_text(1, request.model_id), _number(2, request.seq_id)]
     blocks, filled, total = [block], 0, sum(map(len, block))
     for datum in request.data:
-        # Between datums only: an array is never cut, since that would copy it.
+        # Blocks end only between datums: cutting an array would copy it.
         if filled >= _BLOCK_BYTES:
             block, filled = [], 0
             blocks.append(block)
@@ -94,7 +94,7 @@ def _varint(value: int) -> bytes:
     """Encode an int32 or int64; negative values take ten bytes."""
     if not -(1 << 63) <= value < (1 << 63):
         raise ValueError(f"{value} does not fit into 64 bits")
-    # Negative numbers are written in two's complement of 64 bits, int32 too.
+    # Negative numbers, also int32, are written in 64-bit two's complement.
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 0x7F:
@@ -108,7 +108,7 @@ def _tag(field: int, wire_type: int) -> bytes:
     return bytes((field << 3 | wire_type,))
 
 
-# Cached, like the frames below: the sizes of a batch repeat, and a varint takes a loop in Python.
+# Cached, like the frames below: the sizes in a batch repeat, and a varint takes a Python loop.
 @lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
     """Return the tag and the length before *size* bytes."""
@@ -124,12 +124,12 @@ def _text(field: int, value: str) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    # Nothing for 0: proto3 leaves out default values, as the protobuf library does.
+    # Nothing for 0: like the protobuf library, leave out proto3's default values.
     return _tag(field, _VARINT) + _varint(value) if value else b""
 
 
 def _message(field: int, content: bytes) -> bytes:
-    """Encode a submessage, or one case of a oneof: present even when it is empty."""
+    """Encode a submessage or a case of a oneof, which is present even if empty."""
     return _head(field, len(content)) + content
 
 
@@ -138,7 +138,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 def _put_datum(block: List[Part], datum: Datum) -> int:
     """Append *datum*; return its size in bytes."""
-    # The head of a message holds its size, which is known only after its parts.
+    # The head of a message holds its size, which is known only once its parts are.
     at = len(block)
     block.append(b"")
     size = 0
@@ -203,13 +203,13 @@ def _dense_frame(name: str, dtype: str, shape: Tuple[int, ...]) -> Tuple[bytes, 
     """Return the bytes before and after the values of a loss input, and the size of all three."""
     nbytes = math.prod(shape) * (4 if dtype == "float32" else 8)
     tail = _tensor_tail(dtype, shape)
-    head = _head(1, nbytes)  # part of a oneof, so written even if it is empty
+    head = _head(1, nbytes)  # a case of a oneof, so written even if empty
     head = _entry_head(name, len(head) + nbytes + len(tail)) + head
     return head, tail, len(head) + nbytes + len(tail)
 
 
 def _put_sparse(block: List[Part], name: str, tensor: TensorData, arrays: List[Array]) -> int:
-    """Append a sparse loss input of three *arrays*; return its size in bytes."""
+    """Append a sparse loss input with its three *arrays*; return its size in bytes."""
     pairs = [(_head(field, a.nbytes), a) for field, a in enumerate(arrays, 1) if a.nbytes]
     size = sum(len(head) + array.nbytes for head, array in pairs)
     csr, tail = _head(2, size), _tensor_tail(tensor.dtype, tensor.shape)
@@ -220,13 +220,13 @@ def _put_sparse(block: List[Part], name: str, tensor: TensorData, arrays: List[A
 
 
 def _entry_head(name: str, size: int) -> bytes:
-    """Return the bytes before a tensor of *size* bytes in an entry of the map of loss inputs."""
+    """Return the bytes that precede a tensor of *size* bytes in the map of loss inputs."""
     entry = _message(1, name.encode()) + _head(2, size)
     return _head(2, len(entry) + size) + entry
 
 
 def _tensor_tail(dtype: str, shape: Tuple[int, ...]) -> bytes:
-    """Return the bytes after a tensor's values: dtype and shape."""
+    """Return the bytes that follow a tensor's values: dtype and shape."""
     code = _FLOAT32 if dtype == "float32" else _INT64
     return _number(3, code) + _bytes(4, b"".join([_varint(n) for n in shape]))
 

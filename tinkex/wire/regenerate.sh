@@ -3,8 +3,8 @@
 #
 #     python -m pip install "grpcio-tools==1.62.3" && sh tinkex/wire/regenerate.sh [PYTHON [OUT]]
 #
-# That version, because code from protoc 25 runs on every protobuf runtime from 4.25 on without a
-# warning; newer ones write a check into the module that refuses older runtimes.
+# This version, because code from protoc 25 runs without a warning on every protobuf runtime from
+# 4.25 on; newer versions write a check into the module that refuses older runtimes.
 set -eu
 out=$(cd "${2:-"$(dirname "$0")/../.."}" && pwd)
 cd "$(dirname "$0")/../.."

@@ -94,7 +94,7 @@ def test_a_dead_session_is_marked(started: Started, opened: Opened) -> None:
     server = started(engine, session_ttl_s=1.0)
     server._backend.create_session({"display_name": "forgotten"})
     page = opened(server.url)
-    wait_for_text(page, "#sessions li", "dead")
+    wait_for_text(page, "#sessions li", "expired")
     item = page.locator("#sessions li").inner_text()
     assert "forgotten" in item
     assert "no heartbeat for 1 s" in item
@@ -190,7 +190,7 @@ def test_a_server_with_a_key_asks_for_it_first(started: Started, opened: Opened)
     assert page.locator("#main").is_hidden()
     page.fill("#key", "tml-wrong")
     page.click("#gate button")
-    wait_for_text(page, "#gate-error", "This is not the key of this server.")
+    wait_for_text(page, "#gate-error", "This is not the server's key.")
     page.fill("#key", "tml-secret")
     page.keyboard.press("Enter")
     page.wait_for_selector("#main", state="visible")
@@ -322,7 +322,7 @@ def test_a_fault_of_the_page_is_shown_and_not_taken_for_an_unreachable_server(
     page.route("**/page/state*", lambda route: route.fulfill(json=damaged))
     for _ in range(3):
         page.wait_for_event("pageerror")
-    assert "gone" not in page.locator("#link-text").inner_text()
+    assert "cannot be reached" not in page.locator("#link-text").inner_text()
 
 
 def add_sample(server: LocalServer, text: str) -> None:
@@ -341,7 +341,7 @@ def test_an_unreachable_server_is_reported_and_found_again(opened: Opened) -> No
         page = opened(first.url, allowed="ERR_")
         wait_for_text(page, "#runs td:nth-child(3)", "20")
         wait_for_text(page, "#samples .text", "of the first server")
-    wait_for_text(page, "#link-text", "The server is gone")
+    wait_for_text(page, "#link-text", "The server cannot be reached")
     with LocalServer(DeterministicEngine(vocab_size=1000), port=first._port) as second:
         add_sample(second, "of the second server")
         add_curve(second, "b:train:0", 7)

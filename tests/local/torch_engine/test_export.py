@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_nothing_behind(
     )
     with pytest.raises(TinkexError, match=r"cannot write .*out: No space left on device") as caught:
         export_model(small, tmp_path / "out", merge=merge)
-    assert "Nothing is left there." in str(caught.value)
+    assert "Nothing was left behind." in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 

@@ -326,13 +326,13 @@ def test_an_invalid_model_name_is_refused() -> None:
         (
             "adapter",
             {"adapter/adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
-            "holds no model but a LoRA adapter",
+            "holds a LoRA adapter, not a model",
             "(org/base)",
         ),
         (
             "adapter",
             {"adapter/adapter_config.json": "damaged"},
-            "holds no model but a LoRA adapter",
+            "holds a LoRA adapter, not a model",
             "Give its base model, or",
         ),
     ],

@@ -1,1 +1,1 @@
-"""What computes: the protocol of an engine, and the engines there are.  Knows nothing of HTTP."""
+"""The engines, which do the computing, and their protocol.  Nothing here knows of HTTP."""

@@ -1,11 +1,12 @@
-"""An engine without any machine learning, for tests: numpy only.
+"""An engine without machine learning, for tests; numpy only.
 
 Everything it returns is a pure function of the input and of the optimizer steps taken.  Before
 the first step it is a proper language model: after token p at position i, eight candidate tokens
-(chosen by a hash of p and i) share 95 % of the probability, all tokens the rest.  Each step
-shrinks every log-probability by the same rule, so any loss on any data falls.
+(chosen by a hash of p and i) share 95 % of the probability, and the whole vocabulary shares the
+rest.  Each optimizer step shrinks every log-probability by the same rule, so any loss on any data
+falls.
 
-Its text is one character per token: token t reads ``chr(t)``.  Token 0 ends a sequence.
+Text is one character per token: token t decodes to ``chr(t)``.  Token 0 ends a sequence.
 """
 
 from __future__ import annotations
@@ -74,18 +75,18 @@ class _Adapter:
     """The state of an adapter and its optimizer."""
 
     lora: LoraConfig
-    steps: int = 0  # weights: optimizer steps taken
-    optimizer_steps: int = 0  # Adam's own count; a fresh optimizer starts again
+    steps: int = 0  # optimizer steps that the weights have taken
+    optimizer_steps: int = 0  # Adam's own count; a fresh optimizer restarts it
     gradient: bool = False
 
 
 class DeterministicEngine:
-    """An Engine whose results can be predicted, as the module describes; see `Engine`.
+    """An `Engine` with predictable results, as the module's docstring describes.
 
     Args:
         model_name: the name clients ask for.
-        vocab_size: token ids lie below this.
-        context_length: most tokens of prompt and continuation together.
+        vocab_size: token ids are less than this.
+        context_length: maximum number of tokens of prompt and continuation together.
     """
 
     def __init__(
@@ -112,13 +113,13 @@ class DeterministicEngine:
 
     @property
     def tokenizer(self) -> Any:
-        """None: token t reads ``chr(t)``."""
+        """None, since token t decodes to ``chr(t)``."""
         return None
 
     # Training
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        """Return nothing: there are no layers."""
+        """Return an empty dict: this engine has no layers."""
         return {}
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
@@ -143,8 +144,8 @@ class DeterministicEngine:
         total = 0.0
         outputs: List[Dict[str, TensorData]] = []
         for index, row in enumerate(rows):
-            # Targets may be fewer than tokens: they belong to the last ones (docs/protocol.md,
-            # "Losses").
+            # There may be fewer targets than tokens: they belong to the last tokens
+            # (docs/protocol.md, "Losses").
             positions = np.arange(row.tokens.size)[-len(row.targets) :, None]
             tokens = row.tokens[-len(row.targets) :, None].astype(np.int64)
             logprobs = self._model.logprobs(tokens, positions, row.targets, adapter.steps)
@@ -163,7 +164,7 @@ class DeterministicEngine:
         )
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
-        """Count a step, if there is a gradient to take it with."""
+        """Count a step if a gradient has accumulated; otherwise change nothing."""
         adapter = self._adapter(model_id)
         check_values(params)
         norm = 1.0 / (1 + adapter.steps) if adapter.gradient else 0.0
@@ -188,7 +189,7 @@ class DeterministicEngine:
         adapter, state = self._adapter(model_id), _read_state(folder)
         optimizer_steps = state["optimizer_steps"] if with_optimizer else 0
         if optimizer_steps is None:
-            raise EngineError("the checkpoint holds no optimizer state; load it without")
+            raise EngineError("the checkpoint holds no optimizer state; load the weights alone")
         adapter.steps, adapter.optimizer_steps = state["steps"], optimizer_steps
         adapter.gradient = False
 
@@ -223,7 +224,7 @@ class DeterministicEngine:
                 except EngineError as error:
                     finished.append((index, error))
             taken = len(requests)
-            # After requests were taken: one may have been dropped before its first slice.
+            # Filter after taking requests: one may have been dropped before its first slice.
             running = {index: draws for index, draws in running.items() if index not in dropped}
             for _ in range(_SLICE):
                 self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
@@ -247,7 +248,7 @@ class DeterministicEngine:
         wanted = request.sampling_params.max_tokens
         most = room if wanted is None else min(wanted, room)
         seed = request.sampling_params.seed
-        # Without a seed the prompt decides, so that results stay a function of the request.
+        # Without a seed, the prompt serves as one, so that results stay a function of the request.
         origin = digest(prompt) if seed is None else seed
         chances = shares(request.sampling_params, steps)
         last = int(prompt.size) - 1
@@ -257,7 +258,7 @@ class DeterministicEngine:
         ]
 
     def _draw_tokens(self, draws: Sequence[_Draw]) -> None:
-        """Append one token to each of *draws* (of one sampler), and note why some end."""
+        """Append one token to each of *draws* (all of one sampler), and report it if requested."""
         if not draws:
             return
         previous = np.array([draw.previous for draw in draws])
@@ -282,7 +283,7 @@ class DeterministicEngine:
                 )
 
     def _topk(self, draw: _Draw, start: int = 0) -> Optional[TopkLogprobs]:
-        """Return the likeliest tokens at the places of tokens *start* and later, if requested."""
+        """Return the top-k table for generated tokens from *start* on; None if not requested."""
         k = draw.request.topk_sample_logprobs
         if not k:
             return None
@@ -310,7 +311,7 @@ class DeterministicEngine:
     def _prompt_facts(
         self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
     ) -> Dict[str, Any]:
-        """Return the requested facts about the prompt, by their names in SampleResponse."""
+        """Return what *request* asks about its prompt, by field name of SampleResponse."""
         before = prompt[:-1].astype(np.int64)
         positions = np.arange(before.size, dtype=np.int64)
         facts: Dict[str, Any] = {}
@@ -353,17 +354,17 @@ class _Draw:
     request: SampleRequest
     number: int
     previous: int  # the last token so far ...
-    position: int  # ... and where it stands
-    most: int  # tokens
+    position: int  # ... and its position
+    most: int  # maximum number of tokens
     seed: int
-    steps: int  # of the sampler's adapter
+    steps: int  # optimizer steps of the sampler's adapter
     shares: List[float]
     tokens: List[int] = dataclasses.field(default_factory=list)
     logprobs: List[float] = dataclasses.field(default_factory=list)
     stop_reason: Optional[str] = None
 
     def append(self, token: int, logprob: float) -> None:
-        """Append the token that was drawn, and note why the sequence ends, if it does."""
+        """Append a drawn token; set the stop reason if it ends the sequence."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.previous, self.position = token, self.position + 1

@@ -1,8 +1,8 @@
-"""What a model engine does for the embedded server.
+"""The protocol of a model engine, as the embedded server uses it.
 
-An engine holds one base model, many LoRA adapters over it (one per training run) and samplers
-(frozen adapters, or the base itself).  It knows nothing of HTTP, sessions, queues or threads:
-the scheduler calls it from one thread only, so an engine needs no locks.
+An engine holds one base model, many LoRA adapters on it (one per training run) and samplers (frozen
+adapters, or the base itself).  It knows nothing of HTTP, sessions, queues or threads: the scheduler
+calls it from one thread only, so an engine needs no locks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from tinkex.types import (
     SampleResponse,
 )
 
-#: One finished request of a sampling batch: its index, and its result or what went wrong.
+#: One finished request of a sampling batch: its index, and its response or error.
 Finished = Tuple[int, Union[SampleResponse, "EngineError"]]
 
 
 class EngineError(Exception):
     """The engine cannot execute a request; the engine itself remains usable.
 
-    *category* is ``"user"`` if another request would work, ``"server"`` if the engine failed.
+    *category* is ``"user"`` if the request is at fault, ``"server"`` if the engine is.
     """
 
     def __init__(self, message: str, category: str = "user") -> None:
@@ -57,9 +57,9 @@ class EngineInfo:
         model_name: the name clients ask for.
         aliases: other names that clients may use.
         tokenizer_id: what transformers' AutoTokenizer loads (a name or a folder), or None.
-        arch: architecture name, for information.
-        context_length: most tokens of prompt and continuation together.
-        vocab_size: token ids lie below this.
+        arch: name of the architecture, for information only.
+        context_length: maximum number of tokens of prompt and continuation together.
+        vocab_size: token ids are less than this.
         eos_tokens: a sequence ends at any of these.
     """
 
@@ -76,11 +76,11 @@ class SampledToken(NamedTuple):
     """A token that was just drawn.
 
     Attributes:
-        sequence: which of the request's continuations it belongs to, from 0.
+        sequence: number of the request's continuation that the token belongs to, from 0.
         token: its id.
         logprob: its log-probability, as in ``SampledSequence.logprobs_np``.
         top: the likeliest tokens with their log-probabilities, if requested.
-        stop_reason: why the sequence ends with it; None if it continues.
+        stop_reason: why the sequence ends with this token; None if it goes on.
     """
 
     sequence: int
@@ -92,11 +92,11 @@ class SampledToken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamingRequest(SampleRequest):
-    """A sample request of a caller within the server, who can follow its tokens.
+    """A sample request made inside the server, by a caller that can watch each token being drawn.
 
     Attributes:
         on_token: called for each token, on the engine's thread: it must not block or raise.
-        stop_at_eos: end-of-sequence tokens end a sequence even if ``stop`` lists strings.
+        stop_at_eos: whether end-of-sequence tokens end a sequence even if ``stop`` is set.
     """
 
     on_token: Optional[Callable[[SampledToken], None]] = None
@@ -115,22 +115,22 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, of transformers; None if each token t reads ``chr(t)``.
+        """The model's transformers tokenizer; None if each token t decodes to ``chr(t)``.
 
         Safe from any thread.
         """
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        """Return what an adapter of *lora* changes: names of layers, and how many there are.
+        """Return what an adapter of *lora* changes: layer names, with the number of layers of each.
 
-        ``*`` stands for the numbers in a name.  Safe from any thread.
+        ``*`` stands for the layer's number in a name.  Safe from any thread.
         """
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
-        """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
+        """Create a fresh adapter (its delta is zero) with a fresh optimizer."""
 
     def unload(self, model_id: str) -> None:
-        """Forget an adapter and its optimizer; nothing happens if it is unknown."""
+        """Forget an adapter and its optimizer; do nothing if it is unknown."""
 
     def forward_backward(
         self,
@@ -141,35 +141,36 @@ class Engine(Protocol):
         *,
         forward_only: bool = False,
     ) -> ForwardBackwardOutput:
-        """Compute loss and logprobs of each datum; add the gradient to what is accumulated.
+        """Compute loss and logprobs of each datum; accumulate the gradient unless *forward_only*.
 
-        *data* is checked by the server beforehand only for being well-formed; the engine
-        checks vocabulary, context length, input names and shapes, before it computes anything.
+        The server checks *data* only cheaply and in part.  Before it computes anything, the engine
+        checks vocabulary, context length, input names and shapes.
         """
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
         """Take one Adam step with the accumulated gradient, clear it, and return metrics."""
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter (PEFT's format), and optionally the optimizer, into *folder*."""
+        """Write the adapter (in PEFT's format), and optionally the optimizer, into *folder*."""
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter into *folder*, named as in exports of the hosted service."""
+        """Write the adapter into *folder*, its weights named as in the hosted service's exports."""
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Replace the adapter of *model_id* by a saved one; its optimizer too, or a fresh one.
+        """Replace the adapter of *model_id* with a saved one.
 
-        An accumulated gradient is dropped.
+        The optimizer becomes the saved one if *with_optimizer*, else a fresh one.  An accumulated
+        gradient is dropped.
         """
 
     def lora_config(self, folder: Path) -> LoraConfig:
         """Return the configuration of a saved adapter."""
 
     def create_sampler(self, sampler_id: str, folder: Optional[Path]) -> None:
-        """Make a sampler of the adapter saved in *folder*; of the base model if None."""
+        """Create a sampler of the adapter saved in *folder*, or of the base model if None."""
 
     def unload_sampler(self, sampler_id: str) -> None:
-        """Forget a sampler; nothing happens if it is unknown."""
+        """Forget a sampler; do nothing if it is unknown."""
 
     def sample(
         self,
@@ -179,22 +180,22 @@ class Engine(Protocol):
     ) -> Iterator[List[Finished]]:
         """Run *requests* as one batch, in slices of a few tokens.
 
-        Each step of the iterator does a slice of work and yields what finished during it
-        (often nothing), so that the scheduler can do other work in between; closing the
-        iterator abandons the rest.  An invalid request fails alone.  The tokens of a
-        StreamingRequest are reported one by one while a slice is done.
+        Each step of the iterator does a slice of work and yields the requests that finished during
+        it (often none), so that the scheduler can do other work in between; closing the iterator
+        abandons the rest.  An invalid request fails alone.  The tokens of a StreamingRequest are
+        reported one by one during the slice.
 
-        Requests that are appended to *requests* while others are not finished join the batch with
-        the next slice.
+        Requests appended to *requests* while others are unfinished join the batch with the next
+        slice.
 
-        The work on an index that appears in *dropped* ends with the slice; it gets no result.
+        A request whose index is added to *dropped* stops with the current slice and gets no result.
         """
 
     def interrupt(self) -> None:
         """Make the call in progress, and every later one, fail soon with EngineError.
 
-        The one method for any thread: the server calls it when it is closed, since a process
-        cannot end in good order while a thread of it computes.
+        Safe from any thread.  The server calls it when it closes, since a process cannot exit
+        cleanly while one of its threads computes.
         """
 
     def close(self) -> None:

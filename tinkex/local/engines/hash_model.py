@@ -1,6 +1,6 @@
 """The arithmetic behind the deterministic engine: a language model made of a hash.  numpy only.
 
-Pure functions of their arguments; safe from any thread.
+Everything here is a pure function of its arguments, and safe from any thread.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def mix(values: U64) -> U64:
 
 
 def digest(tokens: npt.NDArray[np.int32]) -> int:
-    """A number that depends on every token and its place."""
+    """Return a number that depends on every token and its position."""
     places = np.arange(tokens.size, dtype=np.uint64) << np.uint64(32)
     return int(np.bitwise_xor.reduce(mix(tokens.astype(np.uint64) | places)))
 
 
 class HashModel:
-    """What follows each token, by a hash of the token and its position."""
+    """The language model: a hash of a token and its position decides what follows."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -51,28 +51,28 @@ class HashModel:
         count = min(top_k, len(_WEIGHTS))
         seeds = mix(previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64))
         rank = np.arange(count, dtype=np.uint64)
-        # Far apart, as splitmix64 steps: by 2**64 divided by the golden ratio.
+        # Ranks step as far as splitmix64 does: 2**64 divided by the golden ratio.
         hashes = mix(seeds[:, None] + rank[None, :] * np.uint64(0x9E3779B97F4A7C15))
-        # Never the end token, but for the last and least likely candidate.
+        # Only the last and least likely candidate is the end token.
         tokens = 1 + (hashes % np.uint64(self.vocab_size - 1)).astype(np.int64)
         if count == len(_WEIGHTS):
             tokens[:, -1] = END_OF_SEQUENCE
         return tokens
 
     def logprobs(self, previous: I64, positions: I64, targets: I64, steps: int) -> F32:
-        """Log-probability of *targets*; the arguments broadcast against each other."""
+        """Return the log-probabilities of *targets*; the arguments broadcast against each other."""
         previous, positions, targets = np.broadcast_arrays(previous, positions, targets)
         tokens = self.candidates(previous.reshape(-1), positions.reshape(-1))
         # Summed, because two candidates may be the same token.
         hit = tokens == targets.reshape(-1, 1)
         probability = (_WEIGHTS.astype(np.float32) * hit).sum(axis=1) + _SPREAD / self.vocab_size
-        # Each step shrinks every log-probability: any loss on any data falls.
+        # Each optimizer step shrinks every log-probability, so any loss on any data falls.
         shrunk = np.log(probability) / (1.0 + 0.1 * steps)
         result: F32 = shrunk.reshape(targets.shape).astype(np.float32)
         return result
 
     def topk(self, previous: I64, first_position: int, k: int, steps: int) -> TopkLogprobs:
-        """The k likeliest tokens after each of *previous*, which stand side by side."""
+        """Return the k likeliest tokens after each of *previous*, which are consecutive."""
         positions = first_position + np.arange(previous.size, dtype=np.int64)
         tokens = self.candidates(previous, positions, k)
         logprobs = self.logprobs(previous[:, None], positions[:, None], tokens, steps)
@@ -84,17 +84,18 @@ class HashModel:
 
 
 def shares(params: SamplingParams, steps: int) -> List[float]:
-    """Cumulative chances of the candidates, likeliest first, under *params*."""
+    """Return the candidates' cumulative probabilities under *params*, likeliest first."""
     count = len(_WEIGHTS) if params.top_k < 1 else min(params.top_k, len(_WEIGHTS))
     if params.temperature == 0:
         return [1.0]
-    # In log space; steps sharpen the choice as they raise the log-probabilities.
+    # In log space; optimizer steps sharpen the choice at the rate at which they raise
+    # log-probabilities.
     scores = np.log(_WEIGHTS[:count]) * (1.0 + 0.1 * steps)
-    # Shifted first: a tiny temperature leaves the likeliest, and makes no NaN.
+    # Shifted first, so that a tiny temperature leaves only the likeliest candidate, without NaN.
     with np.errstate(over="ignore"):
         chances = np.exp((scores - scores.max()) / params.temperature)
     chances /= chances.sum()
-    # The token that reaches top_p is still in: one is left whatever top_p is.
+    # The token that reaches top_p is kept, so at least one remains whatever top_p is.
     kept = np.cumsum(chances) - chances < params.top_p
     cumulative: List[float] = np.cumsum(chances[kept]).tolist()
     return cumulative
@@ -103,7 +104,7 @@ def shares(params: SamplingParams, steps: int) -> List[float]:
 def loss(name: str, logprobs: F64, inputs: Inputs, config: Mapping[str, float]) -> float:
     """Sum a loss over the tokens of a datum (docs/protocol.md, "Losses").
 
-    Infinite where float64 cannot hold the sum.
+    The result is infinite if float64 cannot hold the sum.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         return float(_losses(name, logprobs, inputs, config).sum())
@@ -123,7 +124,8 @@ def _losses(name: str, logprobs: F64, inputs: Inputs, config: Mapping[str, float
     if name == "gspo":
         mask = inputs[SEQUENCE_MASK]
         drift = np.where(mask == 0, 0.0, mask * difference)
-        # Not 0, where no token has an advantage and the ratio is not used.
+        # Don't divide by 0 if the mask is 0 everywhere: then no token has an advantage, and the
+        # ratio is not used.
         ratio = np.exp(np.full_like(ratio, drift.sum() / max(mask.sum(), 1e-30)))
     clipped = np.clip(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     if name == "cispo":

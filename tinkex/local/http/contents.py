@@ -1,6 +1,6 @@
-"""What can be downloaded: one file of a checkpoint, or all as a tar archive; and any part of it.
+"""Content: a download, one file of a checkpoint or all as a tar archive, in whole or in part.
 
-The archive is never written anywhere: its bytes follow from the files, so that a part of it can be
+The archive is never written to disk: its bytes are computed from the files, so that any part can be
 read by itself, and reading it again gives the same bytes.  A content belongs to one request.
 """
 
@@ -15,10 +15,10 @@ _CHUNK = 1 << 18
 
 
 class Content:
-    """Bytes to be downloaded: open files and bytes between them, one after the other.
+    """The bytes of a download: open files, and bytes between them, in order.
 
     Attributes:
-        size: number of bytes in all.
+        size: total number of bytes.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class Content:
             while left:
                 chunk = source.read(min(left, _CHUNK))
                 if not chunk:
-                    # The length is in the headers, which were sent: the connection has to break.
+                    # The length was sent in the headers, so the connection has to be broken.
                     raise OSError("a saved file became shorter while it was read")
                 left -= len(chunk)
                 yield chunk
 
     def _add(self, source: BinaryIO) -> int:
-        # Of the open file: a deletion, or another save under the name, no longer changes it.
+        # The size of the open file, which neither a deletion nor another save changes any more.
         size = source.seek(0, io.SEEK_END)
         self._parts.append((self.size, self.size + size, source))
         self.size += size
@@ -54,18 +54,18 @@ class Content:
 
 
 def file_content(folder: Path, relative: str) -> Content:
-    """Open one file in *folder*; OSError if it is not there."""
+    """Open one file in *folder*; OSError if it does not exist."""
     content = Content()
     content._add((folder / relative).open("rb"))
     return content
 
 
 def tar_content(folder: Path) -> Content:
-    """Open all files of *folder* as an archive; OSError if it is not there."""
+    """Open all files of *folder* as an archive; OSError if the folder does not exist."""
     content = Content()
     try:
-        # All are opened before the first byte is sent: a checkpoint that is deleted meanwhile can
-        # be sent to its end.
+        # All are opened before the first byte is sent, so that a checkpoint that is deleted during
+        # the download is still sent to its end.
         for file in files_of(folder):
             _add_member(content, folder, file)
     except BaseException:
@@ -79,7 +79,7 @@ def tar_content(folder: Path) -> Content:
 
 
 def files_of(folder: Path) -> List[Path]:
-    """Return the files in *folder*, at any depth, by name; OSError if it is not there."""
+    """Return the files in *folder*, at any depth, sorted; OSError if it does not exist."""
     if not folder.is_dir():
         raise FileNotFoundError(str(folder))
     # Sorted, so that a resumed download continues in the same archive.
@@ -92,7 +92,7 @@ def _add_member(content: Content, folder: Path, file: Path) -> None:
     try:
         member.size = source.seek(0, io.SEEK_END)
         member.mode = 0o644
-        # Time, user and group stay 0: the same files make the same bytes.
+        # Time, user and group stay 0, so that the same files make the same bytes.
         content._add(io.BytesIO(member.tobuf(tarfile.PAX_FORMAT)))
     except BaseException:
         source.close()

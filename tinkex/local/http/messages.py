@@ -18,13 +18,13 @@ from tinkex.local.json_text import read_json, write_json
 #: Key of the application's config: most bytes of a body, as sent and decompressed.
 MAX_BODY = "TINKEX_MAX_BODY"
 
-# A zstd block of 128 KiB can be written in four bytes, so that this much input makes 32 MiB.
+# A zstd block of 128 KiB may take four bytes, so that this much input may make 32 MiB.
 _ZSTD_STEP = 1024
 
 #: Longest idempotency key.
 _MOST_KEY_CHARACTERS = 256
 
-#: Python refuses to read numbers of thousands of digits.
+#: Most digits of a number in a query: Python refuses to read numbers of thousands of digits.
 _MOST_DIGITS = 100
 
 
@@ -51,14 +51,14 @@ def raw_body() -> bytes:
     """Return the request's body, decompressed.
 
     Raises:
-        HTTPError: 413, it is too large; 415, the encoding is unknown or zstandard is not
-            installed; 400, it is broken.
+        HTTPError: 413 if it is too large; 415 if the encoding is unknown, or zstandard is not
+            installed; 400 if it is broken.
     """
     limit = int(current_app.config[MAX_BODY])
     check_size(request.content_length or 0, limit)  # before it is read into one piece
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
-    check_size(len(body), limit)  # a chunked body has no length before
+    check_size(len(body), limit)  # a chunked body has no Content-Length
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -69,11 +69,11 @@ def raw_body() -> bytes:
 
 
 def decompressed(body: bytes, limit: int) -> bytes:
-    """Undo zstd in small steps, since a few bytes may stand for gigabytes.
+    """Decompress zstd in small steps, since a few bytes may stand for gigabytes.
 
     Raises:
-        HTTPError: 413, it makes more than *limit* bytes; 400, it is broken; 415, zstandard is not
-            installed.
+        HTTPError: 413 if it makes more than *limit* bytes; 400 if it is broken; 415 if zstandard is
+            not installed.
     """
     try:
         import zstandard
@@ -85,7 +85,7 @@ def decompressed(body: bytes, limit: int) -> bytes:
     parts, size = [], 0
     try:
         for start in range(0, len(body), _ZSTD_STEP):
-            # The decompressor stops at the end of a frame, and the rest would be lost silently.
+            # The decompressor stops at the end of a frame, and would silently ignore the rest.
             if decompressor.eof:
                 raise HTTPError(400, "the zstd body has more than one frame")
             part = decompressor.decompress(body[start : start + _ZSTD_STEP])
@@ -114,7 +114,7 @@ class JsonBody(Dict[str, Any]):
         return digest(self.raw)
 
     def digest_without(self, *names: str) -> bytes:
-        """The digest of all but the fields *names*, which may change in a retry."""
+        """Return the digest without the fields *names*, which may change in a retry."""
         kept = {name: value for name, value in self.items() if name not in names}
         return digest(write_json(kept, sort_keys=True))
 
@@ -129,7 +129,7 @@ def json_body() -> JsonBody:
 
 
 def page(default_limit: int) -> Tuple[int, int]:
-    """Return limit and offset of the query string; HTTPError 400 if they are no numbers."""
+    """Return limit and offset of the query string; HTTPError 400 if one is not a number."""
     numbers = []
     for name, default in (("limit", default_limit), ("offset", 0)):
         text = request.args.get(name, str(default))
@@ -141,14 +141,17 @@ def page(default_limit: int) -> Tuple[int, int]:
 
 
 def check_scope() -> None:
-    """Raise HTTPError 400 unless the query's access_scope is known.  There is one user."""
+    """Raise HTTPError 400 unless the query's access_scope is known.
+
+    It makes no other difference, since there is one user.
+    """
     scope = request.args.get("access_scope", "owned")
     if scope not in ("owned", "accessible"):
         raise HTTPError(400, f"access_scope is {scope!r:.100}; it must be owned or accessible")
 
 
 def idempotency_key() -> Optional[str]:
-    """Return the key by which a repeated request is recognised, if the client sent one.
+    """Return the key by which a repeated request is recognized, if the client sent one.
 
     HTTPError 400 if it is too long to be remembered.
     """

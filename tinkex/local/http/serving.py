@@ -8,8 +8,8 @@ Subclasses of waitress's server, channel, parser and tasks change what it has no
 - waitress's own errors (a body too large, a malformed request line) are JSON like the rest;
 - there can be an access log.
 
-tests/test_foundations.py lists what is used of waitress beyond its documentation.  Sockets, and the
-bodies of requests, belong to the thread tinkex-server; tasks run in the HTTP threads.
+tests/test_foundations.py lists the undocumented parts of waitress that are used here.  Sockets, and
+the bodies of requests, belong to the thread tinkex-server; tasks run in the HTTP threads.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
-#: Without a free descriptor, nothing is accepted for this long, in seconds.
+#: When no descriptor is free, accepting pauses for this long, in seconds.
 PAUSE_S = 0.1
-#: Connections without a request for this long are closed then, in seconds.
+#: Connections that have been idle for this long are closed then, in seconds.
 IDLE_S = 1.0
-#: The shortage is reported this often at most, in seconds.
+#: Least time between two reports of the shortage, in seconds.
 _REPORT_S = 60.0
 
 #: Gets one line of the access log, without its newline; called from several threads.
@@ -53,8 +53,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
     Args:
         application: responds to requests, in *threads*.
         listener: a bound socket; closed with the server.
-        admission: judges requests by their headers.
-        access_log: gets a line for each response, or None.
+        admission: admits or rejects requests by their headers.
+        access_log: called with a line for each response; None keeps no log.
 
     Attributes:
         sockets: every open socket, by its descriptor.
@@ -75,19 +75,20 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         self._report_at = 0.0
         adjustments = Adjustments(
             ident="tinkex",
-            log_socket_errors=False,  # a client that went away is no error of the server
-            # Held polls and requests of the OpenAI endpoint occupy a connection each.
+            log_socket_errors=False,  # a client that goes away is not an error of the server
+            # Each held poll, and each request of the OpenAI endpoint, occupies a connection.
             connection_limit=2 * settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
-            # Has it listen while it responds, so that it notices a client that hangs up; views
-            # learn of it by `waitress.client_disconnected` in their environment.
+            # Makes waitress read from a client while it responds, so that it notices when the
+            # client hangs up; views learn of it by `waitress.client_disconnected` in their
+            # environment.
             channel_request_lookahead=1,
             # Bodies of a few MB are read in few system calls, and never put on disk.
             recv_bytes=1 << 18,
             inbuf_overflow=1 << 27,
             outbuf_overflow=1 << 27,
-            # A body somewhat too large is read, so that its sender gets to read the response.
+            # A body that is somewhat too large is still read, so that its sender gets the response.
             max_request_body_size=4 * settings.max_body_bytes,
         )
         super().__init__(
@@ -104,7 +105,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         """Wait at most *timeout_s* for sockets that are ready, and serve each of them once.
 
         Raises:
-            OSError: a socket died meanwhile; waitress drops it the next time.
+            OSError: a socket was closed during the wait; waitress drops it the next time.
         """
         if self._resume_at is not None:
             pause_s = self._resume_at - time.monotonic()
@@ -115,8 +116,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         wasyncore.loop(timeout=timeout_s, use_poll=True, map=self.sockets, count=1)
 
     def flush(self) -> None:
-        """Send what is left of responses, as far as that takes no waiting."""
-        # A list, since a channel that fails removes itself.
+        """Send the rest of all responses, as far as possible without waiting."""
+        # A copy, since a channel that fails removes itself.
         for channel in list(self.sockets.values()):
             if getattr(channel, "total_outbufs_len", 0):
                 channel.handle_write()
@@ -126,15 +127,16 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         wasyncore.close_all(map=self.sockets, ignore_all=True)
 
     def readable(self) -> bool:
-        """Whether to accept; waitress's own method closes idle connections, too."""
-        # In this order: idle connections are closed during a pause, too, which frees descriptors.
+        """Return whether to accept connections; waitress's method also closes idle ones."""
+        # In this order, so that idle connections are closed during a pause, too, which frees
+        # descriptors.
         return super().readable() and self._resume_at is None
 
     def handle_accept(self) -> None:
-        """Accept all connections that wait, not one in each round.
+        """Accept all waiting connections, not one in each round.
 
-        In a round every socket that is ready is served too, and with a hundred of them busy, rounds
-        are so few that a client's last connections would wait for nearly a minute.
+        A round also serves every socket that is ready.  With a hundred busy sockets, rounds take so
+        long that a client's last connections would wait for nearly a minute.
         """
         known = -1
         while known < len(self.sockets) < self.adj.connection_limit:
@@ -142,7 +144,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             super().handle_accept()
 
     def accept(self) -> Optional[Tuple[Any, Any]]:
-        """Accept a connection; None if none waits, or there is no file descriptor for it."""
+        """Accept a connection; None if none waits, or if no file descriptor is free for it."""
         try:
             accepted: Optional[Tuple[Any, Any]] = super().accept()
             return accepted
@@ -152,7 +154,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         # waitress would try again in a busy loop.
         now = time.monotonic()
         self._resume_at = now + PAUSE_S
-        # Closes what has been idle for as long as waitress's own limit.
+        # Told a later time, waitress closes connections that have been idle for IDLE_S, instead of
+        # for its own limit.
         self.maintenance(time.time() + self.adj.channel_timeout - IDLE_S)
         if now >= self._report_at:
             self._report_at = now + _REPORT_S
@@ -163,7 +166,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
 
 
 class _LoggedTask:
-    """A task of waitress that writes its line of the access log, if the server keeps one."""
+    """A task of waitress that writes a line to the access log, if the server keeps one."""
 
     channel: Any
     request: Any
@@ -182,7 +185,7 @@ class _LoggedTask:
 
 def _access_line(request: Any, status: str, seconds: float) -> str:
     """Return time, method, path, status and milliseconds of a request, which may be unreadable."""
-    # Without the query, which may hold a signature; escaped, since it may hold anything.
+    # Without the query, which may hold a signature; escaped, since a path may hold anything.
     path = ascii(getattr(request, "request_uri", "-").partition("?")[0])[1:-1]
     method = ascii(getattr(request, "command", None) or "-")[1:-1]
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -203,13 +206,13 @@ class _ErrorTask(_LoggedTask, ErrorTask):  # type: ignore[misc]
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.content_length = len(body)
-        # The request was not read to its end: what follows on the connection cannot be understood.
+        # The request was not read to its end, so its rest would be taken for the next request.
         self.set_close_on_finish()
         self.write(body)
 
 
 class _NullBuffer:
-    """Takes the place of the buffer of a body, and keeps nothing but its size."""
+    """Replaces the buffer of a body, and keeps only its size."""
 
     def __init__(self) -> None:
         self._size = 0
@@ -235,7 +238,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         self._admission = admission
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the header; then it is known what to do with the body."""
+        """Read the header, then decide whether to keep the body."""
         try:
             super().parse_header(header_plus)
         except ValueError as error:
@@ -244,7 +247,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("the URL or the Content-Length is malformed") from error
         if self.body_rcv is None:
             return
-        # The body is still read, since a client that sends it may not read a response before.
+        # A body that is dropped is still read: a client may read no response before it has sent it.
         size = None if self.chunked else self.content_length
         head = Head(self.command, self.path, self.headers, size)
         if not self._admission.admits(head):

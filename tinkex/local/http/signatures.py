@@ -1,4 +1,4 @@
-"""What the server signs for clients: tokens in place of a key, and URLs that need none.
+"""TokenMint and Signer: tokens in place of a key, and signed URLs, which need no key.
 
 Both secrets live as long as the process: after a restart clients exchange their key again, and ask
 for new URLs.  No threads; immutable once made.
@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex.local.errors import HTTPError
 
-# What the header of a token says is never read, so that a token cannot choose its algorithm.
+# The header of a token is never read, so that a token cannot choose its algorithm.
 _HEADER = b'{"alg":"HS256","typ":"JWT"}'
 
 
@@ -37,7 +37,7 @@ class TokenMint:
     def make(self, claims: Dict[str, Any]) -> str:
         """Return a token with *claims* and an expiry."""
         now = self._clock.wall()
-        # Fractions, because a test's tokens may live for less than a second.
+        # Not rounded, because a test's tokens may live for less than a second.
         times = {"iat": now, "exp": now + self._lifetime_s, "jti": secrets.token_hex(8)}
         payload = json.dumps({**claims, **times}).encode()
         signed = _encode(_HEADER) + b"." + _encode(payload)
@@ -45,10 +45,10 @@ class TokenMint:
 
     def fault_of(self, token: str) -> Optional[str]:
         """Return what is wrong with *token*; None if it was made here and is still valid."""
-        # The signature first: nothing is parsed that was not made here.
+        # The signature first, so that only tokens that were made here are parsed.
         signed, _, signature = token.encode("utf-8", "replace").rpartition(b".")
         if not hmac.compare_digest(_encode(self._sign(signed)), signature):
-            return "it was not signed by this server, or before its last start"
+            return "this server did not sign it, or was restarted since"
         claims = json.loads(_decode(signed.partition(b".")[2]))
         return "it has expired" if self._clock.wall() >= claims["exp"] else None
 
@@ -70,7 +70,7 @@ class Signer:
 
     Args:
         lifetime_s: a signed path is valid for this long.
-        wall: seconds since the epoch.
+        wall: returns seconds since the epoch.
     """
 
     def __init__(self, lifetime_s: float, wall: Callable[[], float] = time.time) -> None:
@@ -79,7 +79,7 @@ class Signer:
         self._secret = secrets.token_bytes(32)
 
     def sign(self, path: str) -> Tuple[str, int]:
-        """Return *path*, quoted, with its query, and the second in which it expires."""
+        """Return *path*, quoted, with a signed query, and its expiry in seconds since the epoch."""
         expires_at = int(self._wall() + self._lifetime_s)
         query = {"expires": str(expires_at), "signature": self._signature(path, expires_at)}
         return f"{quote(path, safe='/:')}?{urlencode(query)}", expires_at
@@ -87,7 +87,7 @@ class Signer:
     def check(self, path: str, expires: Optional[str], signature: Optional[str]) -> None:
         """Raise HTTPError 403 unless *signature* fits *path*, and *expires* is in the future."""
         number = expires if expires and expires.isascii() and expires.isdigit() else ""
-        # Bounded, since `int` raises an exception of its own for thousands of digits.
+        # Bounded, since `int` raises ValueError for thousands of digits.
         if signature is None or not 0 < len(number) <= 12:
             raise HTTPError(403, "this URL is not signed; ask for a signed one")
         # The signature first: an expiry that was not signed means nothing.
@@ -98,6 +98,6 @@ class Signer:
             raise HTTPError(403, "this URL has expired; ask for a new one")
 
     def _signature(self, path: str, expires_at: int) -> str:
-        # Both in one signature, so that neither can be changed or combined with another.
+        # One signature for both, so that neither can be changed, nor combined with another.
         text = f"{expires_at}\n{path}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()

@@ -1,7 +1,7 @@
-"""The threads that respond to HTTP requests: as many as are needed, up to a cap.
+"""HttpThreads: the threads that respond to HTTP requests, as many as are needed, up to a limit.
 
-waitress has a fixed pool, in which a few held polls would starve everything else.  Owned by
-LocalServer.
+The pool of waitress has a fixed size, and a few held polls would starve all other requests in it.
+Owned by LocalServer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ class HttpThreads:
 
     def __init__(self, limit: int, idle_s: float = 30.0) -> None:
         self._pool = WorkerPool("tinkex-http", limit, idle_s)
-        # Those that have not begun.
-        # A closed pool drops them, but waitress has to have each one cancelled.
+        # Tasks that have not begun.  A closed pool drops them, but waitress needs each cancelled.
         self._waiting: Set[Any] = set()
         self._is_closed = False  # written once
 
     def add_task(self, task: Any) -> None:
-        """Have *task* (waitress's, with ``service`` and ``cancel``) run soon."""
-        # Before it is submitted: a thread may take it at any moment from then on.
+        """Queue *task*, a task of waitress with ``service`` and ``cancel``."""
+        # Before it is submitted, since a thread may take it at once.
         self._waiting.add(task)
         try:
             self._pool.submit(functools.partial(self._run, task))
@@ -47,7 +46,7 @@ class HttpThreads:
 
     @property
     def is_busy(self) -> bool:
-        """True while a request is being responded to, or waits for a thread."""
+        """True while a request is being served, or waits for a thread."""
         return self._pool.is_busy
 
     def set_thread_count(self, count: int) -> None:
@@ -57,7 +56,7 @@ class HttpThreads:
         """End all threads; return False if one is still busy after *timeout* seconds."""
         self._is_closed = True
         if cancel_pending:
-            # The pool first: a task that comes after it was closed is cancelled by `add_task`.
+            # The pool first: once it is closed, `add_task` cancels every task that arrives.
             self._pool.close()
             for task in list(self._waiting):
                 self._cancel(task)
@@ -69,7 +68,7 @@ class HttpThreads:
         return not busy
 
     def _claim(self, task: Any) -> bool:
-        """True for the first caller, which then runs or cancels the task."""
+        """Return True to the first caller, which then runs or cancels the task."""
         # Removing from a set is atomic.
         try:
             self._waiting.remove(task)
@@ -96,7 +95,7 @@ class HttpThreads:
 
 
 class HeldPolls:
-    """Bounds how many polls are held: each occupies an HTTP thread.  Thread-safe."""
+    """Bounds how many polls are held, since each occupies an HTTP thread.  Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -111,13 +110,13 @@ class HeldPolls:
             self.release()
 
     def acquire(self) -> None:
-        """Count one more that waits; HTTPError 429 if too many do already."""
+        """Count one more held poll; HTTPError 429 if too many are held already."""
         if not self._free.acquire(blocking=False):
-            # Clients pause before they ask again after this, and not after try_again.
+            # After a 429 clients pause; after try_again they would ask again at once.
             raise HTTPError(
                 429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
             )
 
     def release(self) -> None:
-        """Count one less."""
+        """Count one held poll less."""
         self._free.release()

@@ -1,1 +1,1 @@
-"""Custom losses that clients bring: reading, evaluating and training on them."""
+"""Custom losses of clients: reading, evaluating and training on them."""

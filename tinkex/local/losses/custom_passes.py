@@ -1,8 +1,8 @@
 """Passes with a custom loss: logprobs from the engine, the loss and its gradient from the graph.
 
-The gradient of any function of the logprobs is that of ``sum(-w * logprobs)`` with
-``w = -d loss / d logprobs``, which is what the engine's cross_entropy trains on: so any engine can
-be used, and the result is exact.  Runs on the engine thread, as one request.
+Any function of the logprobs has the same gradient as ``sum(-w * logprobs)`` with
+``w = -d loss / d logprobs``, which is the engine's cross_entropy with these weights: so any engine
+can be used, and the result is exact.  Runs on the engine thread, as one request.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 
 
 class CustomLosses:
-    """The losses that clients made, by id.  Thread-safe; they are gone with their session."""
+    """The losses that clients created, by id, for the life of their sessions.  Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _made
         self._made: Dict[str, Tuple[bytes, LossProgram]] = {}
 
     def add(self, loss_id: str, digest: bytes, program: LossProgram) -> bool:
-        """Keep a loss; False if it was made before, from a body of the same *digest*.
+        """Keep a loss; return False if it was created before, from a body of the same *digest*.
 
         Raises:
-            HTTPError: 409, it was made from another body.
+            HTTPError: 409 if it was created from another body.
         """
         with self._lock:
             known = self._made.get(loss_id)
             if known is None:
                 self._made[loss_id] = (digest, program)
                 return True
-        # The lock is not needed: an entry never changes.  A resent request gets its first response;
+        # Outside the lock, since an entry never changes.  A resent request gets its first response;
         # the same seq_id with another body is a conflict, as everywhere in the protocol.
         if known[0] != digest:
             raise HTTPError(409, f"{loss_id} was made from another body; take the next seq_id")
@@ -66,7 +66,7 @@ def run_custom_pass(
     forward_only: bool,
 ) -> ForwardBackwardOutput:
     """Compute the loss of every datum; unless *forward_only*, add its gradient to the run's."""
-    # The log-probabilities, by a pass whose weights are 0 and whose loss is not used.
+    # This pass is for the log-probabilities: its weights are 0, and its loss is not used.
     plain = [_weighted(datum, None) for datum in data]
     output = engine.forward_backward(model_id, plain, "cross_entropy", {}, forward_only=True)
     total = 0.0
@@ -87,14 +87,14 @@ def run_custom_pass(
             sums[name] = sums.get(name, 0.0) + value
         # The derivative of -w * lp by lp is -w.
         weighted.append(_weighted(datum, TensorData.from_numpy(-gradient)))
-    # Only now, when no datum can fail any more: a pass that fails adds no gradient.
+    # Only now, when no datum can fail any more: a failed pass must add no gradient.
     if not forward_only:
         output = engine.forward_backward(model_id, weighted, "cross_entropy", {})
     means = {name: v / len(data) if name.endswith(":mean") else v for name, v in sums.items()}
     own = {
         name: value
         for name, value in output.metrics.items()
-        if name not in ("loss:sum", "weights:sum")  # of the stand-in
+        if name not in ("loss:sum", "weights:sum")  # of cross_entropy
     }
     return ForwardBackwardOutput(
         output.loss_fn_outputs, {**own, **means, "loss:sum": total}, output.loss_fn_output_type

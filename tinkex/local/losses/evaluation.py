@@ -1,4 +1,4 @@
-"""Computes a custom loss from its checked graph, with torch, which is imported only then.
+"""Computes a custom loss from its checked graph, with torch, which is imported on first use.
 
 A small interpreter: each node is one call of a listed function on tensors and numbers, whose result
 is bounded in size before it is computed.  Runs on the engine thread.
@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 
 
 def has_torch() -> bool:
-    """True if this server can compute such losses."""
+    """True if this server can compute custom losses."""
     return importlib.util.find_spec("torch") is not None
 
 
@@ -34,14 +34,14 @@ def loss_of_datum(
 ) -> Tuple[float, F32, Dict[str, float]]:
     """Return the loss of one datum, its gradient by the logprobs, and the metrics.
 
-    Without *backward* the gradient is zeros.
+    Without *backward* the gradient is all zeros.
 
     Raises:
         EngineError: the graph does not fit the inputs, or the loss or its gradient is not finite.
     """
     import torch
 
-    # Copied, for an argument ``out`` writes into a tensor, and this array goes to the client.
+    # Copied, since an argument ``out`` could write into the tensor, and the client gets the array.
     leaf = torch.from_numpy(logprobs.copy()).requires_grad_(backward)
     values: Dict[str, Any] = {program.parameters[0]: leaf}
     for parameter, (name, rank) in list(zip(program.parameters, program.inputs))[1:]:
@@ -51,7 +51,7 @@ def loss_of_datum(
             values[node.name] = _step(node, values)
     loss = values[program.loss]
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise EngineError(f"the custom loss {program.name} is no scalar tensor, but {loss!r:.80}")
+        raise EngineError(f"the custom loss {program.name} is not a scalar tensor: {loss!r:.80}")
     if not bool(torch.isfinite(loss).all()):
         raise EngineError(f"the custom loss {program.name} is {float(loss.detach())}")
     metrics = {
@@ -72,7 +72,7 @@ def _input(name: str, rank: int, tensor: TensorData) -> Any:
     import torch
 
     values = torch.from_numpy(tensor.to_numpy().copy())
-    # A scalar may come in shape (1,).
+    # A scalar may have shape (1,).
     if rank == 0 and values.numel() == 1:
         return values.reshape(())
     if values.dim() != rank:
@@ -103,7 +103,7 @@ def _step(node: Node, values: Mapping[str, Any]) -> Any:
 
 
 def _callable(node: Node, args: Sequence[Any]) -> Callable[..., Any]:
-    """Return what *node* calls.  Its name was checked against the lists when it was read."""
+    """Return the function of *node*, whose name was checked against the lists when it was read."""
     import torch
 
     if node.module in ("method", "getattr"):
@@ -116,7 +116,7 @@ def _callable(node: Node, args: Sequence[Any]) -> Callable[..., Any]:
     if node.module == "operator":
         return _operator(node.function)
     places = {"method": torch.Tensor, "math": math, "torch": torch}
-    # The remaining module that `program` lets pass is torch.nn.functional.
+    # The only other module that `program` lets pass is torch.nn.functional.
     place = places.get(node.module, torch.nn.functional)
     function: Callable[..., Any] = getattr(place, node.function)
     return function
@@ -156,19 +156,19 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
     )
     size = joined
     if node.function in ("getitem", "index_select", "take", "gather") and tensors:
-        # Each index picks a row, at most.
+        # Each index picks one row at most.
         picked = max((one.numel() for one in tensors[1:]), default=0) + joined
         rows = max(1, tensors[0].shape[0] if tensors[0].dim() else 1)
         size = tensors[0].numel() // rows * max(1, picked)
     elif len(tensors) > 1:
-        # Broadcasting aligns the last dimensions and takes the larger of each; so does an outer
-        # product by matmul.
+        # Broadcasting aligns the last dimensions and takes the larger size of each; so does an
+        # outer product by matmul.
         size += math.prod(
             max(one.shape[-place] for one in tensors if one.dim() >= place)
             for place in range(1, max(one.dim() for one in tensors) + 1)
         )
     if node.function in ("expand", "broadcast_to", "view", "reshape"):
-        # Sizes come one by one or as a list; -1 keeps a size.
+        # Sizes are separate arguments or a list; -1 keeps a size.
         listed = [n for arg in args for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
         size = math.prod(max(1, abs(n)) for n in listed if isinstance(n, int))
     if size > _MOST_ELEMENTS:
@@ -179,7 +179,7 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
 
 
 def _decode(value: Any, values: Mapping[str, Any]) -> Any:
-    """Return an argument: JSON as it is, references looked up, the rest from its tagged form."""
+    """Return the value of an argument: plain JSON, a reference to a node, or a tagged form."""
     import torch
 
     if isinstance(value, list):
@@ -200,7 +200,7 @@ def _decode(value: Any, values: Mapping[str, Any]) -> Any:
     if kind == "float":
         return float(content)
     if kind == "device":
-        return torch.device("cpu")  # where logprobs and inputs are here
+        return torch.device("cpu")  # logprobs and inputs are there
     expected = {
         "dtype": torch.dtype,
         "layout": torch.layout,
@@ -208,7 +208,7 @@ def _decode(value: Any, values: Mapping[str, Any]) -> Any:
     }[kind]
     found = getattr(torch, content, None)
     if not isinstance(found, expected):
-        raise EngineError(f"{content!r:.80} is no {kind}")
+        raise EngineError(f"{content!r:.80} is not a {kind} of torch")
     return found
 
 

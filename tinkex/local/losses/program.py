@@ -1,8 +1,8 @@
-"""Graphs of custom losses: read, checked against what may be in them, and never trusted.
+"""LossProgram: a custom loss, read from a graph that is checked and never trusted.
 
 A graph is a torch.fx trace as JSON (docs/protocol.md, "Custom losses").  Reading it needs no torch
 and runs nothing: a function is a name, and only the names listed here are ever looked up.
-Evaluating it is `tinkex.local.losses.evaluation`.  Pure; no threads.
+`tinkex.local.losses.evaluation` evaluates it.  Pure; no threads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.fields import required
 
 _MAX_INPUTS = 16
-_MAX_NODES = 1000  # per datum, on the one thread that computes
+_MAX_NODES = 1000  # all are computed for each datum, on the engine thread
 _MAX_DEPTH = 8  # of arguments, which are read recursively
 
 _INPUT = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
-# What is not listed cannot be called.  Left out are in-place functions, random numbers, files, and
+# Only listed functions can be called.  Left out are in-place functions, random numbers, files, and
 # functions that make a tensor of any size from numbers alone.
 _ELEMENTWISE = """
     abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow neg negative reciprocal sign sin
@@ -48,7 +48,7 @@ def _names(text: str) -> FrozenSet[str]:
 
 _SHARED = _names(_ELEMENTWISE + _REDUCING + _SHAPING)
 
-#: Functions of torch; those of ``torch.functional`` are the same ones.
+#: Functions of torch, which are also those of ``torch.functional``.
 TORCH = _SHARED | _names("stack cat concat zeros_like ones_like full_like")
 
 #: Functions of torch.nn.functional.
@@ -95,7 +95,7 @@ _VALUE_KEYS = frozenset({"dtype", "device", "layout", "memory_format"})
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One step: a function of *module* (``"method"``, ``"getattr"``), and its arguments as JSON."""
+    """One step: a function and its arguments as JSON; *module* may be "method" or "getattr"."""
 
     name: str
     module: str
@@ -111,10 +111,10 @@ class LossProgram:
     Attributes:
         name: what the client calls it.
         inputs: name and rank of each parameter; the first is ``logprobs``.
-        parameters: the nodes that stand for them, in the same order.
+        parameters: the names that the nodes use for the inputs, in the same order.
         nodes: the steps, in order.
         loss: the node that is the loss.
-        metrics: name -> argument, as in a node.
+        metrics: name -> value, in the form of a node's arguments.
     """
 
     name: str
@@ -126,7 +126,7 @@ class LossProgram:
 
 
 def read_program(body: Dict[str, Any]) -> LossProgram:
-    """Read the body of ``create_custom_loss``; HTTPError 400 names what is wrong with it."""
+    """Read the body of ``create_custom_loss``; HTTPError 400 says what is wrong with it."""
     inputs = _read_inputs(required(body, "inputs", list))
     graph = required(body, "graph", dict)
     if graph.get("format") != 1:
@@ -136,8 +136,8 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
     listed = required(graph, "nodes", list)
     if not 1 <= len(listed) <= _MAX_NODES:
         raise HTTPError(400, f"the graph has {len(listed)} nodes; it may have 1 to {_MAX_NODES}")
-    # Nodes come in execution order, so that a reference to a later one is a fault, and no cycle can
-    # be.
+    # Nodes are in execution order, so a reference to a later node is an error, and there can be no
+    # cycle.
     known: Set[str] = set()
     parameters: List[str] = []
     nodes: List[Node] = []
@@ -167,7 +167,7 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
 
 
 def _arguments(raw: Dict[str, Any]) -> Tuple[List[Any], Dict[str, Any]]:
-    """The arguments of a node, positional and by name."""
+    """Return the arguments of a node, positional and by name."""
     args, kwargs = raw.get("args") or [], raw.get("kwargs") or {}
     # A node of torch.fx has a tuple of arguments.
     if isinstance(args, dict) and list(args) == ["tuple"]:
@@ -183,7 +183,7 @@ def _read_inputs(listed: List[Any]) -> Tuple[Tuple[str, int], ...]:
         name = raw.get("name") if isinstance(raw, dict) else None
         rank = raw.get("rank") if isinstance(raw, dict) else None
         if not isinstance(name, str) or not _INPUT.fullmatch(name):
-            raise HTTPError(400, f"{name!r:.100} is no name of a loss input")
+            raise HTTPError(400, f"{name!r:.100} is not a valid name for a loss input")
         # The type itself, because True is an int, too.
         if type(rank) is not int or rank not in ((1, 2) if name == "logprobs" else (0, 1, 2)):
             raise HTTPError(400, f"the rank of the loss input {name!r} is {rank!r}")
@@ -192,8 +192,8 @@ def _read_inputs(listed: List[Any]) -> Tuple[Tuple[str, int], ...]:
     if names[:1] != ["logprobs"] or len(set(names)) != len(names) or len(names) > _MAX_INPUTS:
         raise HTTPError(
             400,
-            f"the inputs are {names}; the first must be logprobs, none may come twice, and there "
-            f"may be {_MAX_INPUTS}",
+            f"the inputs are {names}; the first must be logprobs, none may occur twice, and there "
+            f"may be at most {_MAX_INPUTS}",
         )
     return tuple(inputs)
 
@@ -241,7 +241,7 @@ def _check_value(value: Any, known: Set[str], depth: int = 0) -> None:
             return
         if kind in _VALUE_KEYS and isinstance(content, str):
             return
-    raise HTTPError(400, f"{value!r:.100} is no argument of a node")
+    raise HTTPError(400, f"{value!r:.100} is not a valid argument of a node")
 
 
 def _read_output(output: Any) -> Tuple[str, Dict[str, Any]]:
@@ -254,7 +254,7 @@ def _read_output(output: Any) -> Tuple[str, Dict[str, Any]]:
         raise HTTPError(400, "the graph's output must be a pair: a tensor, and a dict of metrics")
     for name, value in metrics.items():
         if not _METRIC.fullmatch(name):
-            raise HTTPError(400, f"{name!r:.100} is no name of a metric, as in custom/x:sum")
+            raise HTTPError(400, f"{name!r:.100} is not the name of a metric, such as custom/x:sum")
         number = isinstance(value, (int, float))
         if not number and not (isinstance(value, dict) and "ref" in value):
             raise HTTPError(400, f"the metric {name} is {value!r:.100}; it must be a tensor")

@@ -1,6 +1,6 @@
 """An OpenAI-compatible endpoint of the embedded server, under ``/v1`` and ``/oai/api/v1``.
 
-See docs/openai.md for what it takes, and what is different.  Modules, from the bottom up:
+See docs/openai.md for what it supports, and how it differs.  Modules, from the bottom up:
 
 - `errors`: errors in OpenAI's form
 - `text`: the model's tokenizer and chat template

@@ -30,7 +30,7 @@ class Writer:
         }
 
     def response(self, deltas: List[List[Delta]], usage: Dict[str, int]) -> Dict[str, Any]:
-        """Return a whole response; *deltas* are those of each choice."""
+        """Return a whole response; *deltas* has the deltas of each choice."""
         kind = "chat.completion" if self._call.chat else "text_completion"
         choices = [self._choice(index, parts) for index, parts in enumerate(deltas)]
         return {**self._facts, "object": kind, "choices": choices, "usage": usage}
@@ -48,7 +48,7 @@ class Writer:
         return choice
 
     def chunk(self, index: int, delta: Delta) -> Dict[str, Any]:
-        """Return the chunk of a stream for what came to one choice."""
+        """Return the chunk of a stream for one choice's *delta*."""
         choice: Dict[str, Any] = {"index": index, "finish_reason": delta.finish_reason}
         if self._call.chat:
             choice["delta"] = {"content": delta.text} if delta.text or delta.entries else {}
@@ -90,7 +90,7 @@ class Writer:
         return columns
 
     def _top_by_name(self, entry: TokenEntry) -> Optional[Dict[str, float]]:
-        """Return the likeliest tokens with the one that is there; null for the first of a text."""
+        """Return the likeliest tokens and the actual one, by name; None if they are unknown."""
         if entry.logprob is None or not self._call.top:
             return None
         named: Dict[str, float] = {}

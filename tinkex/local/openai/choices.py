@@ -27,38 +27,38 @@ class TokenEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What came to a choice: *finish_reason* is ``"stop"`` or ``"length"`` at its end."""
+    """A new part of a choice; at the end, *finish_reason* is ``"stop"`` or ``"length"``."""
 
     text: str
     entries: List[TokenEntry]
     finish_reason: Optional[str] = None
 
     def __bool__(self) -> bool:
-        """False if nothing came."""
+        """False if nothing is new."""
         return bool(self.text or self.entries or self.finish_reason)
 
 
 @dataclasses.dataclass
 class _Segment:
-    """The text of one step, not given away yet."""
+    """The text of one step that the client does not have yet; hidden text is never sent."""
 
     text: str
     hidden: bool
 
 
 class Choice:
-    """The continuation of a prompt, as the client gets to see it.
+    """The continuation of a prompt, as the client sees it.
 
     Stop strings and special tokens are left out.  Text that may be the beginning of a stop string
-    is held back until that is known.
+    is held back until it is known whether it is one.
 
     Args:
-        text: of the model.
+        text: the text side of the model.
         prompt: the tokens before the continuation.
-        stops: strings that end it.
-        keep_stop: the one that does is shown.
-        offset: place of its first character, in characters.
-        empty: nothing is wanted of it (``max_tokens=0``).
+        stops: strings that end the continuation.
+        keep_stop: True keeps the stop string that ended it.
+        offset: offset of its first character in the text of the response.
+        empty: True if no sampled token is wanted (``max_tokens=0``).
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Choice:
         self._pending: List[_Segment] = []
         self._entries: List[Tuple[int, TokenEntry]] = []  # with their places in the whole text
         self._given = 0  # characters that left _pending
-        self._shown = offset  # those of them that are not hidden
+        self._shown = offset  # offset of the next character that is not hidden
         self.tokens = 0
         self.finished = False
 
     def take(self, sampled: SampledToken) -> Delta:
-        """Add a token; return what can be given to the client now."""
+        """Add a token; return what can be sent to the client now."""
         if self.finished:
             return Delta("", [])
         if self._empty:
@@ -92,8 +92,8 @@ class Choice:
             return Delta("", [], "length")
         self.tokens += 1
         token, reason = sampled.token, sampled.stop_reason
-        # An end-of-sequence token has no text to show.  One that completes a stop string has: the
-        # string is searched for in the text, by `_give`.
+        # An end-of-sequence token has no text to show.  A token that completes a stop string has:
+        # `_give` searches the text for the string.
         if reason == "stop" and token in self._text.eos:
             self._add(self._decoder.flush())
         else:
@@ -122,7 +122,7 @@ class Choice:
         found = [(pending.find(stop), stop) for stop in self._stops]
         ends = [(place, stop) for place, stop in found if place >= 0]
         if ends:
-            reason, (count, stop) = "stop", min(ends)  # the one that begins first
+            reason, (count, stop) = "stop", min(ends)  # the stop string that begins first
             count += len(stop) if self._keep_stop else 0
         elif reason is not None:
             count = len(pending)
@@ -132,7 +132,7 @@ class Choice:
         text = self._shift(count)
         self._shown += len(text)
         self._given += count
-        # What begins later belongs to text that is held back or, after a stop, is not given.
+        # Later entries belong to text that is held back or, after a stop string, never sent.
         later = [(place, entry) for place, entry in self._entries if place >= self._given]
         if count == len(pending):
             later = []
@@ -142,7 +142,7 @@ class Choice:
 
     def _held_back(self, pending: str) -> int:
         """Return how many characters at the end of *pending* may begin a stop string."""
-        # One less than the longest: all of it would have been found.
+        # One character less than the longest stop string, which would have been found whole.
         most = max((len(stop) for stop in self._stops), default=1) - 1
         for count in range(min(most, len(pending)), 0, -1):
             if any(stop.startswith(pending[-count:]) for stop in self._stops):
@@ -178,7 +178,8 @@ def read_prompt(
         logprob = logprobs[place] if logprobs is not None else None
         top = (tops[place] or []) if tops is not None else []
         end = "length" if place == len(tokens) - 1 else None
-        # The log-probability of the first token is unknown; an entry takes any number until then.
+        # The log-probability of the first token is unknown: 0.0 stands for it until it is replaced
+        # below.
         delta = choice.take(SampledToken(0, token, logprob or 0.0, top, end))
         parts.append(delta.text)
         entries += [

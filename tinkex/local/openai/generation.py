@@ -1,7 +1,7 @@
-"""One request on its way through the scheduler, and what comes of it.
+"""Generation: one request on its way through the scheduler, and its results.
 
-The engine's thread puts tokens and outcomes into a queue; the request's HTTP thread takes them out
-and makes text of them.
+The engine thread puts tokens and outcomes into a queue; the request's HTTP thread takes them out
+and turns them into text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tinkex.local.openai.text import Text
 from tinkex.local.state.futures import Failure, Outcome
 from tinkex.types import ModelInput, SampleResponse
 
-#: Something of the prompt with that index.
+#: The index of a prompt, and a token or the outcome of its request.
 _Event = Tuple[int, Union[SampledToken, Outcome]]
 
 
 class Part(NamedTuple):
-    """Something new of the choice number *choice*."""
+    """A new part of the choice number *choice*."""
 
     choice: int
     delta: Delta
@@ -33,11 +33,11 @@ class Part(NamedTuple):
 class Generation:
     """The choices of one request.
 
-    Use `parts`, and `close` in the end, which cancels what is not done.  For one thread.
+    Use `parts`, then `close`, which cancels unfinished samples.  For one thread.
 
     Args:
         samplers: do the work.
-        text: of the model.
+        text: the text side of the model.
         call: the request.
     """
 
@@ -46,11 +46,12 @@ class Generation:
         self._text = text
         self._call = call
         self._events: Inbox[_Event] = Inbox()
-        # A prompt's log-probabilities come with the outcome, and the prompt is shown first.
+        # The prompt is sent first, but its log-probabilities arrive with the outcome: until then,
+        # `parts` holds the tokens back.
         self._scores_prompts = call.echo and call.top is not None
         self._choices = [self._choices_of(prompt) for prompt in call.prompts]
         self._open = set(range(len(call.prompts)))
-        # One queue for tokens and outcomes, filled by the engine thread: an outcome comes after its
+        # The engine thread puts tokens and outcomes into one queue, so an outcome comes after its
         # tokens.
         puts = [self._put(index) for index in range(len(call.prompts))]
         requests = [self._request(prompt, put) for prompt, put in zip(call.prompts, puts)]
@@ -59,19 +60,19 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens of all prompts."""
         return sum(len(prompt.tokens) for prompt in self._call.prompts)
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of all choices so far, those included that ended them."""
+        """Number of tokens of all choices so far, including the tokens that ended them."""
         return sum(choice.tokens for choices in self._choices for choice in choices)
 
     def parts(self, pause_s: Optional[float] = None) -> Iterator[Optional[Part]]:
-        """Yield what is new until everything is done; None after *pause_s* without anything.
+        """Yield new parts until all choices are done; None after each *pause_s* without one.
 
         Raises:
-            HTTPError: the engine failed.
+            HTTPError: a sample failed.
         """
         if self._call.echo and not self._scores_prompts:
             for index in range(len(self._call.prompts)):
@@ -81,11 +82,11 @@ class Generation:
             try:
                 index, event = self._events.get(timeout=pause_s)
             except queue.Empty:
-                # For the caller to find out whether its client is gone.
+                # Lets the caller check whether its client is gone.
                 yield None
                 continue
             if isinstance(event, SampledToken):
-                # Tokens of a prompt whose log-probabilities are still to come wait for them.
+                # Tokens wait for the log-probabilities of their prompt.
                 if self._scores_prompts:
                     held.setdefault(index, []).append(event)
                 else:
@@ -100,7 +101,7 @@ class Generation:
                     yield self._taken(index, sampled)
 
     def close(self) -> None:
-        """Cancel what is not done.  A second call does nothing."""
+        """Cancel unfinished samples.  A second call does nothing."""
         self._samplers.cancel([self._request_ids[index] for index in self._open])
         self._open.clear()
 
@@ -116,8 +117,8 @@ class Generation:
             topk_prompt_logprobs=(call.top or 0) if call.echo else 0,
             topk_sample_logprobs=call.top or 0,
             on_token=on_token,
-            # As OpenAI's clients expect: in the Tinker protocol, stops take the place of the
-            # model's own end.
+            # As OpenAI's clients expect: in the Tinker protocol, stop strings replace the model's
+            # own end-of-sequence tokens.
             stop_at_eos=True,
         )
 
@@ -137,7 +138,7 @@ class Generation:
         ]
 
     def _put(self, index: int) -> Callable[[Union[SampledToken, Outcome]], None]:
-        # Not `self`: what the scheduler keeps refers to the queue alone.
+        # Without `self`, so that the scheduler keeps only the queue alive.
         events = self._events
         return lambda event: events.put((index, event))
 
@@ -146,7 +147,7 @@ class Generation:
         return Part(index * self._call.n + sampled.sequence, delta)
 
     def _echoes(self, index: int, response: Optional[SampleResponse]) -> List[Part]:
-        """Return the prompt of that index as the beginning of each of its choices."""
+        """Return the prompt number *index* as the beginning of each of its choices."""
         delta, n = self._echo(self._call.prompts[index], response), self._call.n
         return [Part(index * n + number, delta) for number in range(n)]
 

@@ -1,7 +1,7 @@
-"""The body of a request, checked: what is to be sampled.
+"""Call: what a request asks for, read from its body and checked.
 
-Parameters that this server does not have are refused by name, unless they are given a value that
-asks for nothing, or could not change the text.
+Parameters that this server does not have are refused by name, unless their value asks for nothing,
+or they could not change the text.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _OF_CHAT = {
     *("add_generation_prompt", "continue_final_message"),
 }
 
-#: About the sender, or what happens to the response elsewhere; the text is the same.
+#: Ignored: about the sender, or about handling the response elsewhere; they do not change the text.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_retention"),
 }
 
-#: Not supported: the values that ask for nothing.
+#: Not supported: only these values, which ask for nothing, are accepted.
 _NEUTRAL: Dict[str, Tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -71,12 +71,12 @@ class Call:
 
     Attributes:
         prompts: each gets *n* choices.
-        params: of the engine; ``max_tokens`` is at least 1.
+        params: parameters for the engine; ``max_tokens`` is at least 1.
         stops: strings that end a choice.
-        keep_stop: the stop string is part of the text.
+        keep_stop: True keeps the stop string in the text.
         top: how many of the likeliest tokens to list at each position; None for no
             log-probabilities at all.
-        empty: the choices hold no sampled token (``max_tokens=0``): only the prompt is wanted.
+        empty: True if the choices hold no sampled token (``max_tokens=0``), only the prompt.
     """
 
     chat: bool
@@ -129,7 +129,7 @@ class _Fields:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """Return a number; its range is checked with the parameters."""
+        """Return a number; `SamplingParams.check` checks its range."""
 
         def fits(value: object) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -159,14 +159,14 @@ def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo, most: i
         _check_context(prompt, max_tokens, info, "prompt")
     if max_tokens is None:
         rooms = [info.context_length - len(prompt.tokens) for prompt in prompts]
-        # The client has not asked for a length, so that less room in the context is no error.
+        # The client has not asked for a length, so less room in the context is not an error.
         max_tokens = min(_DEFAULT_MAX_TOKENS, *rooms)
     top = fields.integer("logprobs", 0, info.vocab_size)
     return _call(fields, prompts, n, max_tokens, top, chat=False, echo=fields.flag("echo"))
 
 
 def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo, most: int) -> Call:
-    """Read the body of ``chat/completions``, with ``n`` up to *most*, as for completions."""
+    """Read the body of ``chat/completions``, with ``n`` up to *most*; OpenAIError if not valid."""
     _check_names(body, _OF_CHAT)
     fields = _Fields(body)
     n = fields.integer("n", 1, most) or 1
@@ -297,7 +297,7 @@ def _are_tokens(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        # By type, because True is an int, too; and the engine's tokens are int32.
+        # By type, because True is an int, too; bounded, because the engine's tokens are int32.
         and all(type(token) is int and 0 <= token < 1 << 31 for token in value)
     )
 
@@ -331,7 +331,7 @@ def _read_message(message: Any, param: str) -> Dict[str, Any]:
     content = message.get("content")
     if content is None and role != "assistant":
         raise OpenAIError(f"{param}.content is missing", f"{param}.content")
-    # Templates know the older name.
+    # Templates know only the older name.
     role = "system" if role == "developer" else role
     return {**message, "role": role, "content": _read_content(content, f"{param}.content")}
 

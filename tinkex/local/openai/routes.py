@@ -26,8 +26,8 @@ from tinkex.local.state.rows import CheckpointRow
 
 _log = logging.getLogger(__name__)
 
-#: Without a token for this long, a stream gets a comment, and it is checked whether the client of
-#: another request is gone.
+#: After this long without a token, a stream gets a comment, and a request without a stream checks
+#: whether its client is gone.
 _PAUSE_S = 2.0
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -50,14 +50,14 @@ class _Endpoint:
 
     def __init__(self, backend: Backend, settings: ServerSettings) -> None:
         self._backend = backend
-        # Each of them occupies an HTTP thread, as a held poll does.
+        # Each request occupies an HTTP thread, as a held poll does.
         self._held = HeldPolls(settings.max_held_polls)
         self._samplers = Samplers(backend)
         self._started_at = int(backend.wall())
         self._kept_text: Optional[Text] = None  # made with the first request
 
     def blueprint(self, name: str) -> Blueprint:
-        """Return the routes; a request or an error of theirs is never anyone else's."""
+        """Return the routes; the blueprint handles all requests and errors below its prefix."""
         routes = Blueprint(name, __name__)
         routes.get("/models")(self.models)
         # Slashes are not merged, because names hold "tinker://".
@@ -97,11 +97,11 @@ class _Endpoint:
         return self._respond(read_chat)
 
     def no_such_route(self, path: str) -> Response:
-        """Refuse what OpenAI has and this server has not."""
+        """Refuse routes that OpenAI has and this server does not."""
         raise OpenAIError(f"{request.method} {request.path} is not offered", status=404)
 
     def _text(self) -> Text:
-        if self._kept_text is None:  # made twice by two threads, it is the same
+        if self._kept_text is None:  # two threads may both make it, which is harmless
             self._kept_text = text_of(self._backend.engine)
         return self._kept_text
 
@@ -125,9 +125,9 @@ class _Endpoint:
                 self._held.release()
         response = Response(_events(generation, writer, call), mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
-        response.headers["X-Accel-Buffering"] = "no"  # nginx would collect the tokens
+        response.headers["X-Accel-Buffering"] = "no"  # else nginx would buffer the tokens
 
-        # Called when the response was sent, or cannot be sent any more: the client is gone.
+        # Called when the response was sent, or when the client is gone.
         @response.call_on_close
         def done() -> None:
             generation.close()
@@ -141,7 +141,7 @@ def _never() -> bool:
 
 
 def _whole(generation: Generation, writer: Writer, choices: int) -> Dict[str, Any]:
-    # Nothing else would stop the engine for a client that hung up. The key is waitress's own.
+    # Nothing else would stop the engine when the client hangs up.  The key is waitress's own.
     is_gone = request.environ.get("waitress.client_disconnected", _never)
     deltas: List[List[Delta]] = [[] for _ in range(choices)]
     for part in generation.parts(_PAUSE_S):
@@ -153,7 +153,7 @@ def _whole(generation: Generation, writer: Writer, choices: int) -> Dict[str, An
 
 
 def _events(generation: Generation, writer: Writer, call: Call) -> Iterator[bytes]:
-    """Yield the events of a stream as they are sent."""
+    """Yield the events of a stream, in the form in which they are sent."""
     if call.chat:
         for index in range(call.n):
             yield _event(writer.first_chunk(index))

@@ -1,7 +1,7 @@
-"""The samplers behind model names, which need no session of a client.
+"""Samplers: the samplers behind model names, which need no session of a client.
 
-Thread-safe; no thread of its own.  A sampler is opened when its model is first asked for, shared
-by all requests for it, and closed when others need its place.
+Thread-safe; starts no thread.  A sampler is opened when its model is first asked for, shared by all
+requests for the model, and closed when others need its place.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Samplers:
     """Samplers by model.
 
     Args:
-        backend: opens them; the limit of loaded samplers in its settings is the limit here, too.
+        backend: opens the samplers; the setting for loaded samplers limits these, too.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        # Guards the two below; held while a sampler is opened, which links a few files, and while
+        # Guards the two below.  Held while a sampler is opened, which links a few files, and while
         # requests are queued.
         self._lock = threading.Lock()
         self._open: OrderedDict[Any, Sampler] = OrderedDict()  # least recently used first
@@ -43,7 +43,7 @@ class Samplers:
         *model* is a base model, a ``tinker://`` path, or both with a semicolon between them.
 
         Raises:
-            OpenAIError: 404, there is no such model.
+            OpenAIError: 404 if there is no such model.
         """
         base, separator, path = model.partition(";")
         if not separator and base.startswith("tinker://"):
@@ -69,8 +69,9 @@ class Samplers:
         """Queue *requests* and return their ids; each outcome is passed to its *on_done*.
 
         Raises:
-            OpenAIError: 404, there is no such model.
-            HTTPError: 400, a request is not valid; 429, too much is queued.  Nothing is, then.
+            OpenAIError: 404 if there is no such model.
+            HTTPError: 400 if a request is not valid; 429 if too many are queued.  In either case,
+                none of *requests* is queued.
         """
         checkpoint = self.checkpoint(model)
         backend, scheduler = self._backend, self._backend.scheduler
@@ -92,14 +93,14 @@ class Samplers:
         return ids
 
     def cancel(self, request_ids: Sequence[str]) -> None:
-        """Have the engine stop working on requests; nothing happens to those that are done."""
+        """Cancel requests; nothing happens to those that are done."""
         for request_id in request_ids:
             sampler_id = request_id.rpartition(":")[0]
             self._backend.scheduler.cancel_sample(sampler_id, request_id)
 
     def _sampler_locked(self, checkpoint: Optional[CheckpointRow]) -> Sampler:
-        """Return the sampler of *checkpoint*; if it is opened, others that are idle make room."""
-        # A checkpoint that is saved again under the same name is another one.
+        """Return the sampler of *checkpoint*; if it has to be opened, idle samplers make room."""
+        # With the time, since a checkpoint saved again under the same name has other weights.
         key = checkpoint and (checkpoint.folder, checkpoint.created_at)
         if key not in self._open:
             idle = [other for other, sampler in self._open.items() if not sampler.jobs]
@@ -107,7 +108,7 @@ class Samplers:
             for other in idle[: max(0, excess)]:
                 closed = self._open.pop(other).sampler_id
                 self._backend.scheduler.end_session(closed, "the sampler was not used")
-            # It is the only one of a session of its own, which ends with it.
+            # Each sampler has a session of its own, which ends with it.
             sampler_id = f"openai-{uuid.uuid4()}"
             source = self._backend.frozen(checkpoint)
             self._open[key] = self._backend.scheduler.add_sampler(sampler_id, sampler_id, source)

@@ -22,24 +22,24 @@ Message = Mapping[str, Any]
 
 
 class Text(Protocol):
-    """How the tokens of one model read.
+    """Converts between text and the tokens of one model.
 
     Attributes:
         eos: a sequence ends at these tokens.
-        special: tokens that are not shown in text, those of *eos* included.
+        special: tokens that are not shown in text, including *eos*.
     """
 
     eos: FrozenSet[int]
     special: FrozenSet[int]
 
     def encode(self, text: str) -> List[int]:
-        """Return the tokens of a prompt, with those that the model expects around one."""
+        """Return the tokens of a prompt, with the special tokens that the model expects with it."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of *tokens*, special ones included."""
 
     def bytes_of(self, token: int) -> bytes:
-        """Return what one token adds to a text; it may be a part of a character."""
+        """Return what one token adds to a text, which may be a part of a character."""
 
     def chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> List[int]:
         """Return the tokens of a conversation, up to where the assistant's reply begins."""
@@ -130,7 +130,7 @@ class TokenizerText:
         return self._cached_bytes(token)
 
     def _bytes_of(self, token: int) -> bytes:
-        # What it adds to itself: decoders drop the blank before the first word of a text.
+        # What it adds to a copy of itself: decoders drop the space before a text's first word.
         text = self.decode([token, token])[len(self.decode([token])) :]
         if REPLACEMENT not in text:
             return text.encode()
@@ -162,7 +162,7 @@ class TokenizerText:
 
 @functools.lru_cache(maxsize=1)
 def _letters_of_bytes() -> Dict[str, int]:
-    """Return the byte that each letter of a byte-level vocabulary stands for (as GPT-2 has it).
+    """Return the byte that each letter of a byte-level vocabulary (as of GPT-2) stands for.
 
     Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up.
     """
@@ -174,31 +174,31 @@ def _letters_of_bytes() -> Dict[str, int]:
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Return how many characters both begin with."""
+    """Return the length of the longest common prefix."""
     if other.startswith(one):
         return len(one)
     return next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(other))
 
 
 class TokenDecoder:
-    """Decodes the tokens of one sequence as they come, complete characters only.
+    """Decodes the tokens of one sequence as they arrive, complete characters only.
 
-    A token's text depends on its neighbours: sentencepiece decoders drop the blank before the
+    A token's text depends on its neighbours: sentencepiece decoders drop the space before the
     first word, and a character may take several tokens.  So new tokens are decoded together with
-    those before them (at first the end of the prompt), and what these add is the new text.
+    earlier ones (at first the end of the prompt), and the text that they add is the new text.
 
     Not thread-safe.
     """
 
-    #: Tokens before the new ones that are decoded with them.
+    #: This many earlier tokens are decoded together with new ones.
     _CONTEXT = 8
-    #: With this many tokens, the oldest are left out as soon as the text is complete ...
+    #: From this many tokens on, the oldest are dropped as soon as the text is complete ...
     _WINDOW = 24
-    #: ... or not.
+    #: ... and from this many on, even if it is not.
     _MOST = 128
-    #: Bytes that have made no complete character for this many tokens will never make one.
+    #: Bytes that have not made a complete character after this many tokens never will.
     _PATIENCE = 16
-    #: A character has at most four bytes, so that this many at the end may become one.
+    #: A character has at most four bytes, so this many at the end may still become one.
     _INCOMPLETE = 3
 
     def __init__(self, text: Text, prompt: Sequence[int]) -> None:
@@ -206,14 +206,15 @@ class TokenDecoder:
         self._restart(list(prompt[-self._MOST :]))
 
     def _restart(self, tokens: List[int]) -> None:
-        """Go on after *tokens*, whose text is not given any more."""
+        """Continue after *tokens*, whose text is not returned again."""
         start = max(0, len(tokens) - self._CONTEXT)
         # Not in the middle of a character: the bytes after it might not decode.
         while start > 0 and REPLACEMENT in self._text.decode(tokens[start : start + 1]):
             start -= 1
         self._tokens = context = tokens[start:]
         self._context = self._decoded = self._text.decode(context) if context else ""
-        self._given: Optional[int] = None  # characters of _decoded; None: not known yet
+        # Characters of _decoded that were returned; None: not known yet.
+        self._given: Optional[int] = None
         self._incomplete = 0  # tokens since the text was complete
 
     def push(self, token: int) -> str:
@@ -234,7 +235,7 @@ class TokenDecoder:
                 self._given = len(self._context)
             elif not 0 < self._incomplete <= self._PATIENCE:
                 self._given = common_prefix(self._context, self._decoded)
-            else:  # the context itself may read differently when this character is complete
+            else:  # the context itself may decode differently once this character is complete
                 return ""
         new = self._decoded[self._given : certain]
         self._given = max(self._given, certain)
@@ -243,7 +244,7 @@ class TokenDecoder:
         return new
 
     def flush(self) -> str:
-        """Return the rest: characters that will not be completed."""
+        """Return the rest of the text, including characters that were not completed."""
         given = self._given
         if given is None:
             given = common_prefix(self._context, self._decoded)

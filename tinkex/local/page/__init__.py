@@ -4,5 +4,5 @@ See docs/page.md.  Modules and files:
 
 - `state`: what the page shows, as JSON
 - `routes`: the HTTP routes
-- ``index.html``, ``page.css``, ``icon.svg``, and in ``*.js`` what runs in the browser
+- ``index.html``, ``page.css``, ``icon.svg``, and ``*.js``, the scripts in the browser
 """

@@ -1,6 +1,6 @@
 // Curves on a canvas: several runs together, smoothed, on a linear or a logarithmic scale, with a
-// cross hair that the pointer and the arrow keys move.  What is drawn costs as much as there are
-// pixels, not points.
+// cross hair that the pointer and the arrow keys move.  The cost of drawing grows with the number of
+// pixels, not of points.
 
 const MARGIN = { left: 52, right: 14, top: 12, bottom: 28 };
 
@@ -16,9 +16,9 @@ export class Curve {
     this.smoothing = -1;
   }
 
-  /** Takes the points from index *start* on in place of those that are there. */
+  /** Replaces the points from index *start* on; returns false if earlier points are missing. */
   put(start, steps, losses) {
-    if (start > this.steps.length) return false; // points are missing: the reader starts again
+    if (start > this.steps.length) return false;
     if (start < this.steps.length) {
       this.steps.length = this.losses.length = start;
       this.smoothing = -1;
@@ -63,7 +63,7 @@ export class Curve {
   }
 }
 
-/** Steps between ticks that read well: 1, 2, 2.5 or 5 times a power of ten. */
+/** Returns a distance between ticks that reads well: 1, 2, 2.5 or 5 times a power of ten. */
 function nice(span, most) {
   const rough = span / Math.max(1, most);
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -100,7 +100,7 @@ export function short(value) {
   return size >= 1000 ? value.toFixed(0) : size >= 100 ? value.toFixed(1) : value.toFixed(3);
 }
 
-/** Returns values without the rarest at either end: a spike may leave the chart, its average not. */
+/** Returns values without the rarest at either end: a spike may leave the chart, but not its average. */
 function usual(values) {
   const by = Math.max(1, Math.floor(values.length / 400));
   const some = values.filter((value, i) => i % by === 0 && value !== null).sort((a, b) => a - b);
@@ -112,7 +112,7 @@ const tickText = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExp
 const stepText = (step) => (step >= 1e6 ? `${+(step / 1e6).toFixed(2)}M` : step >= 1e3 && step % 100 === 0 ? `${step / 1e3}k` : String(step));
 
 export class Chart {
-  /** *onPoint* gets the step under the cross hair, and null when there is none. */
+  /** *onPoint* is called with what is under the cross hair, or with null without one. */
   constructor(frame, canvas, onPoint) {
     this.frame = frame;
     this.canvas = canvas;
@@ -132,7 +132,7 @@ export class Chart {
     frame.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Draws with the next frame, once however often it is called. */
+  /** Draws in the next frame, and only once, however often this is called. */
   redraw() {
     if (this.waiting) return;
     this.waiting = true;
@@ -237,7 +237,7 @@ export class Chart {
     this.crossHair(x, y, area, colour);
   }
 
-  /** Draws a line: where several points fall into one pixel, from their least to their greatest. */
+  /** Draws a line; points in the same column of pixels are drawn as their range. */
   line(steps, values, x, y, area) {
     const { context } = this;
     context.beginPath();
@@ -336,7 +336,7 @@ export class Chart {
     else this.move(this.nearest(this.area.first + part * (this.area.last - this.area.first)));
   }
 
-  /** The step of a point that is nearest to *step*. */
+  /** Returns the step nearest to *step* that has a point. */
   nearest(step) {
     let best = null;
     for (const curve of this.visible()) {
@@ -349,7 +349,7 @@ export class Chart {
   key(event) {
     if (!this.area) return;
     const { first, last, width } = this.area;
-    // A pixel, or a step where steps are further apart; ten times that with Shift.
+    // By a pixel, or by a step if steps are further apart; ten times as far with Shift.
     const by = Math.max(1, Math.round((last - first) / width)) * (event.shiftKey ? 10 : 1);
     const at = this.at ?? last;
     const to = { ArrowLeft: at - by, ArrowRight: at + by, Home: first, End: last }[event.key];

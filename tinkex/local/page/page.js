@@ -1,5 +1,5 @@
-// The page of a tinkex server: asks for its state once a second while it is looked at, and shows
-// what has changed.  Whatever comes from the server is put in as text, never as markup.
+// The page of a tinkex server: asks for the server's state once a second while the page is visible,
+// and shows what has changed.  Everything from the server is inserted as text, never as markup.
 import { Chart, Curve, short, spark } from "./chart.js";
 import { TokenText, meanLogprob, percent } from "./tokens.js";
 import { setUpPrompt } from "./prompt.js";
@@ -8,7 +8,7 @@ const POLL_MS = 1000;
 const LONGEST_WAIT_MS = 15000;
 const TIMEOUT_MS = 10000;
 const KEY = "tinkex-key";
-const FEW = 6; // rows of a list that is not unfolded
+const FEW = 6; // rows shown of a list that is not unfolded
 const COLOURS = 8;
 
 const $ = (id) => document.getElementById(id);
@@ -22,7 +22,7 @@ const state = {
 
 /* ---- The server ---- */
 
-/** Fetches below the page's own address, with the key; an Error has a *status* if there is one. */
+/** Fetches *path*, relative to the page, with the key; an Error about a response has its *status*. */
 async function fetchApi(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
@@ -48,7 +48,7 @@ async function poll() {
   } catch (error) {
     if (error.status === 401) {
       state.asking = null;
-      return askForKey(sessionStorage.getItem(KEY) ? "This is not the key of this server." : "");
+      return askForKey(sessionStorage.getItem(KEY) ? "This is not the server's key." : "");
     }
     state.failures += 1;
     state.retryAt = Date.now() + Math.min(LONGEST_WAIT_MS, POLL_MS * 2 ** Math.min(state.failures, 4));
@@ -59,7 +59,7 @@ async function poll() {
   }
   state.timer = setTimeout(poll, state.retryAt ? state.retryAt - Date.now() : POLL_MS);
   try {
-    if (news) take(news); // here, so that a fault in it shows, and does not pass for a server that is gone
+    if (news) take(news); // not in the `try` above: a bug in it must not look like a lost connection
   } finally {
     showLink();
   }
@@ -68,7 +68,7 @@ async function poll() {
 function showLink() {
   const link = $("link");
   const [kind, text] = state.paused ? ["paused", "Paused"]
-    : state.failures > 1 ? ["lost", state.problem || "The server is gone. Trying again"]
+    : state.failures > 1 ? ["lost", state.problem || "The server cannot be reached. Trying again"]
     : state.cursor ? ["live", "Live"] : ["connecting", "Connecting"];
   if (link.dataset.state !== kind) link.dataset.state = kind;
   setText($("link-text"), text);
@@ -107,7 +107,7 @@ $("gate-form").addEventListener("submit", async (event) => {
     begin();
     $("main").focus();
   } catch (error) {
-    askForKey(error.status === 401 ? "This is not the key of this server." : error.status ? error.message : "The server does not respond.");
+    askForKey(error.status === 401 ? "This is not the server's key." : error.status ? error.message : "The server does not respond.");
   }
 });
 $("forget").addEventListener("click", () => {
@@ -115,7 +115,7 @@ $("forget").addEventListener("click", () => {
   location.reload();
 });
 
-/* ---- Taking in what is new ---- */
+/* ---- New data ---- */
 
 function take(news) {
   const fresh = news.fresh;
@@ -124,7 +124,7 @@ function take(news) {
     state.progress.clear();
     for (const id of state.curves.keys()) if (!(id in news.curves)) state.curves.delete(id);
     state.samples = [];
-    $("samples").replaceChildren(); // their ids begin again
+    $("samples").replaceChildren(); // a new server numbers its samples from the start
   }
   state.cursor = news.cursor;
   state.offset = news.now - Date.now() / 1000;
@@ -132,18 +132,18 @@ function take(news) {
   state.queue = news.queue;
   state.server = news.server;
   if (news.tables) state.tables = news.tables;
-  // By their ids, so that the runs of a session have the same colours wherever they are looked at.
+  // Sorted by id, so that the runs of a session get the same colours in every browser.
   const curves = Object.entries(news.curves).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
   for (const [id, run] of curves) {
-    state.progress.delete(id); // to the end: the latest are last
+    state.progress.delete(id); // moves the run to the end: the latest are last
     state.progress.set(id, run);
     if (!run.point_steps.length && !state.curves.has(id)) continue;
     const curve = curveOf(id);
-    // Points are missing if the tab slept while the server was replaced: begin again.
+    // Points are missing if the tab slept while the server was replaced: start over.
     if (!curve.put(run.start, run.point_steps, run.point_losses)) state.cursor = "";
     curve.stride = run.stride;
   }
-  // As many as the server remembers: a tab may be open for weeks.
+  // Keep as many runs as the server does: a tab may be open for weeks.
   for (const id of [...state.progress.keys()].slice(0, -state.server.most_runs)) {
     state.progress.delete(id);
     state.curves.delete(id);
@@ -167,7 +167,7 @@ function curveOf(id) {
   let curve = state.curves.get(id);
   if (!curve) {
     curve = new Curve(nameOf(id), `--s${state.curves.size % COLOURS}`);
-    // The latest few are shown; more would hide each other.
+    // Only the latest few are shown; more would hide each other.
     const shown = [...state.curves.values()].filter((one) => one.shown);
     if (shown.length >= COLOURS) shown[0].shown = false;
     state.curves.set(id, curve);
@@ -191,7 +191,7 @@ function announce() {
   state.sessionStates = states;
 }
 
-/* ---- Writing ---- */
+/* ---- Elements and texts ---- */
 
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -204,7 +204,7 @@ function make(tag, className = "", text = "") {
   return element;
 }
 
-/** Has *parent* show *items* in order, each in an element of its own, which is kept while it is there. */
+/** Makes *parent* show *items* in order, each in its own element, which is kept as long as its item. */
 function keyed(parent, items, keyOf, create, update) {
   const known = new Map([...parent.children].map((element) => [element.dataset.key, element]));
   let next = parent.firstChild;
@@ -223,7 +223,7 @@ function keyed(parent, items, keyOf, create, update) {
   known.forEach((element) => element.remove());
 }
 
-/** Returns the rows to show of a list that can be unfolded, and sets the button that does. */
+/** Returns the rows to show of a list that can be unfolded, and updates the button for that. */
 function few(name, items, count = FEW) {
   const button = $(`more-${name}`);
   const unfolded = state.unfolded.has(name);
@@ -252,7 +252,7 @@ function span(seconds) {
   return `${Math.floor(s / 86400)} d`;
 }
 
-/** An instant that is shown as the time since; showTimes keeps it right. */
+/** Returns an element that shows how long ago *at* was; showTimes keeps it up to date. */
 function ago(at, before = "", after = " ago") {
   const element = document.createElement("time");
   Object.assign(element.dataset, { at: String(at), before, after });
@@ -278,7 +278,7 @@ function modelName(model) {
   return model.replace(/^tinker:\/\/([^/]*)\/(?:[^/]*\/)?/, (_, run) => `${shortId(run)}/`).replace(/^([0-9a-f]{8})[0-9a-f-]{28}:train:/, "$1:");
 }
 
-/* ---- What is shown ---- */
+/* ---- The parts of the page ---- */
 
 function showServer() {
   const { server } = state;
@@ -289,13 +289,13 @@ function showServer() {
   prompt.update(server, state.tables.checkpoints);
 }
 
-/** The mean of the last seconds: work in progress is counted when it is done. */
+/** The mean of the last ten seconds, since work counts only once it is done. */
 const rate = (counts) => counts.slice(-10).reduce((sum, count) => sum + count, 0) / 10;
 
 function showFigures(tokens) {
   for (const kind of ["trained", "sampled"]) {
     setText($(`rate-${kind}`), compact(rate(tokens[kind])));
-    setText($(`total-${kind}`), `${compact(tokens[`total_${kind}`])} in all`);
+    setText($(`total-${kind}`), `${compact(tokens[`total_${kind}`])} in total`);
     const smooth = tokens[kind].map((_, i, all) => {
       const near = all.slice(Math.max(0, i - 2), i + 3);
       return near.reduce((a, b) => a + b, 0) / near.length;
@@ -382,7 +382,7 @@ function showValues() {
   head.append(make("th", "", "Step"), ...curves.map((curve) => make("th", "num", curve.name)));
   for (const cell of head.children) cell.scope = "col";
   $("values-head").replaceChildren(head);
-  // Some twenty steps over the range of all.
+  // Some twenty steps of each curve, over its whole range.
   const steps = [...new Set(curves.flatMap((curve) => {
     const count = curve.steps.length, by = Math.max(1, Math.floor(count / 20));
     return curve.steps.filter((_, i) => (count - 1 - i) % by === 0);
@@ -397,12 +397,12 @@ function showValues() {
   }));
 }
 
-/** How a session fares: a word, and the class of its badge. */
+/** The state of a session in one word, and the class of its badge. */
 function lifeOf(session) {
   const age = state.heartbeats[session.id];
   if (age !== undefined) return age > state.ttl / 2 ? ["late", "warn"] : ["live", "good"];
   if (session.state === "finished") return ["ended", ""];
-  return [session.state === "lost" ? "lost" : "dead", "bad"];
+  return [session.state === "lost" ? "lost" : "expired", "bad"];
 }
 
 function showSessions() {
@@ -469,7 +469,7 @@ function showSamples(unfolded = false) {
   const list = $("samples");
   $("no-samples").hidden = state.samples.length > 0;
   if (!state.newSamples && !unfolded) return;
-  // What is read must not move away: new samples wait while the list is pointed at, or in focus.
+  // Text must not move while it is read: new samples wait while the list is pointed at, or has the focus.
   const held = list.matches(":hover") || list.contains(document.activeElement);
   if (held && !unfolded && list.children.length) return;
   state.newSamples = false;

@@ -1,5 +1,5 @@
 // The box to try a prompt: streams a completion, or the reply of a chat, from the server's
-// OpenAI-compatible endpoint, token by token with its probability and the likeliest others.
+// OpenAI-compatible endpoint; each token shows its probability and the likeliest alternatives.
 import { TokenText, meanLogprob, percent } from "./tokens.js";
 
 const TOP = 5;
@@ -22,7 +22,7 @@ async function* events(response) {
   }
 }
 
-/** Returns the tokens of a chunk: name, log-probability, and the likeliest by name. */
+/** Returns the tokens of a chunk, each with its name, its log-probability and the likeliest tokens. */
 function tokensOf(choice) {
   const { logprobs } = choice;
   if (!logprobs) return [];
@@ -40,7 +40,7 @@ export function setUpPrompt(fetchApi, modelName) {
   let offered = "";
   let running = null;
 
-  /** Offers the base model and what can be sampled of the checkpoints. */
+  /** Offers the base model, and the checkpoints that can be sampled from. */
   function update(server, checkpoints) {
     const usable = checkpoints.filter((checkpoint) => checkpoint.kind !== "external_weights");
     const key = JSON.stringify([server.model, usable.map((checkpoint) => checkpoint.path)]);
@@ -76,7 +76,7 @@ export function setUpPrompt(fetchApi, modelName) {
       : ["v1/completions", { ...shared, prompt: text, logprobs: TOP }];
   }
 
-  /** Shows one button in the place of the other; the focus stays in it. */
+  /** Shows Stop in the place of Run, or the reverse; the focus moves along. */
   function swap(busy) {
     const [from, to] = busy ? [$("try-run"), $("try-stop")] : [$("try-stop"), $("try-run")];
     const focused = document.activeElement === from;
@@ -137,7 +137,7 @@ export function setUpPrompt(fetchApi, modelName) {
       if (logprobs.length > 1 && seconds > 0) parts.push(`${((logprobs.length - 1) / seconds).toFixed(0)} tokens/s`, `first after ${((first - started) / 1000).toFixed(2)} s`);
       const mean = meanLogprob(logprobs);
       if (mean !== null) parts.push(`mean probability ${percent(mean)}`);
-      parts.push(stopped ? "stopped" : reason === "length" ? "reached its length" : "ended by the model");
+      parts.push(stopped ? "stopped" : reason === "length" ? "reached the number of tokens" : "ended by the model");
       $("try-status").textContent = parts.join(" · ");
     }
   }

@@ -14,8 +14,9 @@ from tinkex.local.page.state import PageState
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
 
-#: The files of the page.  Not by Python's mimetypes: it reads the system's tables, which on Windows
-#: may make text/plain of a script, and with ``nosniff`` browsers then refuse to run it.
+#: The files of the page, and their types.  Not from Python's mimetypes, which reads the system's
+#: tables: on Windows these may call a script text/plain, and with ``nosniff`` browsers then refuse
+#: to run it.
 _MIME_TYPES = {
     "chart.js": "text/javascript",
     "page.js": "text/javascript",
@@ -25,7 +26,7 @@ _MIME_TYPES = {
     "icon.svg": "image/svg+xml",
 }
 
-#: The page loads nothing from elsewhere, runs no script but its own, and stands in no frame.
+#: The page loads nothing from elsewhere, runs only its own scripts, and cannot be framed.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -48,7 +49,7 @@ class PageRoutes(Routes):
 
     @route("GET", "/")
     def page(self) -> Result:
-        """The page, without data.  It knows whether to ask for a key before it fetches any."""
+        """Return the page, without data; it is marked if it has to ask for a key first."""
         page = _content("index.html")
         if self._needs_key:
             page = page.replace(b'data-key="none"', b'data-key="needed"', 1)
@@ -56,14 +57,14 @@ class PageRoutes(Routes):
 
     @route("GET", f"{PAGE_FILES_PREFIX}<name>")
     def file(self, name: str) -> Result:
-        """What the page consists of besides."""
+        """Return one of the page's other files."""
         if name not in _MIME_TYPES:
             raise HTTPError(404, f"the page has no file {name!r:.100}")
         return Response(_content(name), headers=_HEADERS, mimetype=_MIME_TYPES[name])
 
     @route("GET", "/page/state")
     def state(self) -> Result:
-        """What is new since the cursor in the query; everything without one."""
+        """Return what is new since the cursor in the query; everything without one."""
         return self._state.since(request.args.get("since", ""))
 
 

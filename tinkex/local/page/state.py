@@ -1,4 +1,4 @@
-"""What the page shows, as JSON: the store's rows, the scheduler's queues, and recent activity."""
+"""PageState: what the page shows, as JSON.  Rows of the store, queues, and recent activity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinkex.local.openai.text import Text, text_of, token_name
 from tinkex.local.state.activity import MOST_RUNS, MOST_SAMPLES, KeptSample, RunProgress
 from tinkex.local.state.rows import CheckpointRow, RunRow, SessionRow
 
-#: Rows of each table, at most; of sessions, besides those that live.
+#: Most rows of each table; live sessions are shown besides.
 _MOST_ROWS = 50
 
 
@@ -25,9 +25,9 @@ class PageState:
         self._kept_text: Optional[Text] = None
 
     def since(self, cursor: str) -> Dict[str, Any]:
-        """Return what is new since *cursor*, from the previous response; ``""`` gets everything.
+        """Return what is new since *cursor*, which comes from the previous response.
 
-        A cursor of an earlier server, or a malformed one, counts as none.
+        An empty or malformed cursor, or one of an earlier server, gets everything.
         """
         activity = self._backend.activity
         epoch, _, known = cursor.partition(".")
@@ -80,7 +80,7 @@ class PageState:
         checkpoints, checkpoints_count = store.checkpoints.page(_MOST_ROWS, 0)
         return {
             "sessions": [_session(row) for row in sessions.values()],
-            # Not in the order of their last requests, which changes all the time.
+            # By creation: the order of last requests changes all the time.
             "runs": [_run(row) for row in sorted(runs, key=lambda row: -row.created_at)],
             "checkpoints": [_checkpoint(row) for row in checkpoints],
             "checkpoints_count": checkpoints_count,
@@ -102,7 +102,7 @@ class PageState:
         }
 
     def _text(self) -> Text:
-        if self._kept_text is None:  # made twice by two threads, it is the same
+        if self._kept_text is None:  # two threads may both make it, which is harmless
             self._kept_text = text_of(self._backend.engine)
         return self._kept_text
 
@@ -111,7 +111,7 @@ def _curve(run: RunProgress) -> Dict[str, Any]:
     return {
         **run._asdict(),
         "point_steps": run.point_steps.tolist(),
-        # Six digits: twice as short.
+        # Six digits halve the size.
         "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],
     }
 

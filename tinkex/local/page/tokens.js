@@ -1,12 +1,12 @@
-// Text as tokens coloured by their probability, with a tip on each.  Everything that the server
-// sends is put in as text, never as markup: what a model says may be anything.
+// Text as tokens that are coloured by their probability, with a tip on each.  Everything from the
+// server is inserted as text, never as markup: a model may say anything.
 
 const BOUNDS = [0.9, 0.7, 0.5, 0.25, 0.05];
 const decoder = new TextDecoder();
 const encoder = new TextEncoder();
 const tip = document.getElementById("tip");
 
-/** Returns the bytes of a token by the name that the server gives it. */
+/** Returns the bytes of a token, from the name that the server gives it. */
 function bytesOf(name) {
   if (!name.startsWith("bytes:\\x")) return encoder.encode(name);
   return Uint8Array.from(name.slice(8).split("\\x"), (pair) => parseInt(pair, 16));
@@ -18,7 +18,7 @@ export function percent(logprob) {
   return value >= 99.95 ? "100 %" : value >= 1 ? `${value.toFixed(1)} %` : value >= 0.01 ? `${value.toFixed(2)} %` : "< 0.01 %";
 }
 
-/** How a token is written where it stands alone: blanks and line feeds are made visible. */
+/** Returns the text of a token that is shown alone: spaces, tabs and line feeds are made visible. */
 export function visible(text) {
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "∅";
 }
@@ -29,7 +29,7 @@ export function meanLogprob(logprobs) {
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 }
 
-/** Shows tokens in *element* as they come. */
+/** Shows tokens in *element* as they arrive. */
 export class TokenText {
   constructor(element) {
     this.element = element;
@@ -44,11 +44,11 @@ export class TokenText {
     element.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Adds a token: its name, its log-probability or null, and the likeliest ones or null. */
+  /** Adds a token, by its name, with its log-probability and the likeliest tokens, or null for either. */
   add(name, logprob, top = null) {
     const bytes = [...this.partial, ...bytesOf(name)];
     const text = decoder.decode(Uint8Array.from(bytes));
-    // A character of several tokens is shown at the last of them.
+    // A character of several tokens is shown with the last of them.
     const incomplete = text.endsWith("\ufffd") && name.startsWith("bytes:") && bytes.length < 4;
     this.partial = incomplete ? bytes : [];
     const span = document.createElement("span");

@@ -1,4 +1,4 @@
-"""What the topics of the protocol have in common: a class of views each, and how work is queued."""
+"""Routes: the base class of each topic's views, and how they queue work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ V = TypeVar("V", bound=Callable[..., Any])
 #: HTTP method, path (below ``/api/v1/``, unless it is absolute), and the view that responds.
 Rule = Tuple[str, str, Callable[..., Response]]
 
-#: What a view returns; what is not a Response is sent as JSON.
+#: What a view returns; anything but a Response is sent as JSON.
 Result = Union[Response, Wire, Dict[str, Any]]
 
 #: Checks the body of a submission and returns the work to do on the engine thread.
@@ -31,7 +31,7 @@ Prepare = Callable[[str, JsonBody], Work]
 
 
 def route(method: str, path: str) -> Callable[[V], V]:
-    """Have a view of a topic respond to *method* at *path*; may be repeated.
+    """Make a view of a topic respond to *method* at *path*; one view may have several routes.
 
     The view gets the parameters of the path, and the JSON object of the request if it has a
     parameter *body*.
@@ -52,7 +52,7 @@ class Routes:
         self._settings = settings
 
     def rules(self) -> Iterator[Rule]:
-        """Yield which view responds to what."""
+        """Yield the rules of all views."""
         for view in vars(type(self)).values():
             for method, path in getattr(view, "rules", ()):
                 takes_body = "body" in inspect.signature(view).parameters
@@ -67,7 +67,7 @@ class Routes:
         return json_response(result.to_wire() if isinstance(result, Wire) else result)
 
     def _checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
-        """Return a checkpoint; HTTPError 400 or 404 names what is wrong with its address."""
+        """Return a checkpoint; HTTPError 400 or 404 says what is wrong with its address."""
         if kind not in KINDS:
             raise HTTPError(
                 400,
@@ -79,7 +79,7 @@ class Routes:
         """Queue the work for a training run, at the ``seq_id`` of its body."""
         model_id, seq_id = required(body, "model_id", str), required_seq_id(body)
         work = functools.partial(prepare, model_id, body)
-        # Some routes bring a digest without the fields that may differ in a retry.
+        # Some routes pass a digest that leaves out the fields that may differ in a retry.
         return self._submit_at(model_id, seq_id, digest or body.digest, work)
 
     def _submit_at(
@@ -90,14 +90,14 @@ class Routes:
         if seq_id < 1:
             raise HTTPError(400, f"seq_id is {seq_id}; the requests of a run are numbered from 1")
         scheduler = self._backend.scheduler
-        # A repetition is not checked again: a checkpoint that it names may be gone since.
+        # A repetition is not checked again: a checkpoint that it names may be gone by now.
         request_id = scheduler.find(model_id, seq_id, digest)
         if request_id is None:
             try:
                 work = prepare()
             except HTTPError:
                 # A rejected request consumes its seq_id, too (docs/protocol.md, "Sequence numbers",
-                # rule 2): later ones would wait for it for ever.
+                # rule 2): later requests would wait for it forever.
                 scheduler.submit(model_id, seq_id, digest, None)
                 raise
             request_id = scheduler.submit(

@@ -29,13 +29,13 @@ CHECKPOINT = "training_runs/<run_id>/checkpoints/<kind>/<name>"
 
 
 class CheckpointRoutes(Routes):
-    """Views of what was trained and saved."""
+    """Views of runs and checkpoints."""
 
     # Lists
 
     @route("GET", "training_runs")
     def list_runs(self) -> Result:
-        """A page of the runs, last used first."""
+        """List a page of the runs, last used first."""
         check_scope()
         limit, offset = page(20)
         project_id = request.args.get("project_id") or None
@@ -45,20 +45,20 @@ class CheckpointRoutes(Routes):
 
     @route("GET", "training_runs/<run_id>")
     def describe_run(self, run_id: str) -> Result:
-        """One run."""
+        """Describe a run."""
         check_scope()
         return self._run(self._backend.catalog.get_run(run_id))
 
     @route("GET", "training_runs/<run_id>/checkpoints")
     def list_checkpoints_of(self, run_id: str) -> Result:
-        """Every checkpoint of a run, newest first."""
+        """List every checkpoint of a run, newest first."""
         self._backend.catalog.get_run(run_id)
         found = [_as_checkpoint(row) for row in self._backend.store.checkpoints.of_run(run_id)]
         return CheckpointsListResponse(found)
 
     @route("GET", "checkpoints")
     def list_checkpoints(self) -> Result:
-        """A page of all checkpoints, newest first."""
+        """List a page of all checkpoints, newest first."""
         limit, offset = page(100)
         rows, total = self._backend.store.checkpoints.page(limit, offset)
         found = [_as_checkpoint(row) for row in rows]
@@ -69,7 +69,7 @@ class CheckpointRoutes(Routes):
 
     @route("POST", "weights_info")
     def weights_info(self, body: JsonBody) -> Result:
-        """What a checkpoint was trained from, and how."""
+        """Describe what a checkpoint was trained from, and how."""
         checkpoint = self._backend.catalog.checkpoint_at(required(body, "tinker_path", str))
         run = self._backend.catalog.get_run(checkpoint.run_id)
         return WeightsInfoResponse(
@@ -84,15 +84,15 @@ class CheckpointRoutes(Routes):
 
     @route("POST", "copy_weights")
     def copy(self, body: JsonBody) -> Result:
-        """Copy a checkpoint into a run of its own; the same idempotency key, the same copy."""
+        """Copy a checkpoint into a new run; a repeated idempotency key gets the same copy."""
         copy = functools.partial(
             self._copy,
             self._backend.catalog.checkpoint_at(required(body, "source_path", str)),
             optional(body, "destination_project_id", str),
             ttl_seconds(body),
         )
-        # The request has no sequence number, so that only its key shows a repetition
-        # (docs/protocol.md, "Idempotency keys").
+        # The request has no sequence number, so only its key shows a repetition (docs/protocol.md,
+        # "Idempotency keys").
         return {"tinker_path": self._backend.idempotency.get(idempotency_key(), copy)}
 
     def _copy(
@@ -100,7 +100,7 @@ class CheckpointRoutes(Routes):
     ) -> str:
         store, run = self._backend.store, self._backend.catalog.get_run(source.run_id)
         copy_id = f"copy-{uuid.uuid4()}"
-        # In no session: a copy takes no requests, it only holds its checkpoint.
+        # In no session: the run of a copy takes no requests, and only holds the checkpoint.
         store.add_run(
             copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
         )
@@ -137,7 +137,7 @@ class CheckpointRoutes(Routes):
 
     @route("PUT", f"{CHECKPOINT}/ttl")
     def set_ttl(self, body: JsonBody, run_id: str, kind: str, name: str) -> Result:
-        """Have a checkpoint expire, or not."""
+        """Set or remove the expiry of a checkpoint."""
         ttl_s = ttl_seconds(body)
         self._backend.store.checkpoints.set_ttl(self._checkpoint(run_id, kind, name), ttl_s)
         return {}

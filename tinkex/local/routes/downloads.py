@@ -1,6 +1,6 @@
 """Files of checkpoints, behind signed URLs (docs/protocol.md, "Archives", "Exported files").
 
-The URLs need no key: everyone who has one may fetch what it names until it expires.
+The URLs need no key: until a URL expires, everyone who has it may fetch what it names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class DownloadRoutes(Routes):
-    """Views that hand out signed URLs, and those behind such URLs."""
+    """Views that hand out signed URLs, and the views behind such URLs."""
 
     def __init__(self, backend: Backend, settings: ServerSettings) -> None:
         super().__init__(backend, settings)
@@ -37,7 +37,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{CHECKPOINT}/archive")
     def archive_url(self, run_id: str, kind: str, name: str) -> Result:
         """Redirect to the archive of a checkpoint."""
-        # A missing checkpoint is a 404 here, and not only behind the URL.
+        # So that a missing checkpoint is a 404 here, and not only behind the URL.
         self._checkpoint(run_id, kind, name)
         url, expires_at = self._signed(f"archive/{run_id}/{kind}/{name}")
         # Clients read this redirect rather than follow it, and fetch the URL without credentials
@@ -53,7 +53,7 @@ class DownloadRoutes(Routes):
         if kind != "external_weights":
             raise HTTPError(
                 400,
-                f"{kind}/{name} is no external checkpoint; save_weights_external makes one",
+                f"{kind}/{name} is not an external checkpoint; save_weights_external makes one",
             )
         row = self._checkpoint(run_id, kind, name)
         folder = self._backend.store.checkpoints.folder_of(row)
@@ -67,7 +67,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{SIGNED_PREFIX}archive/<run_id>/<kind>/<name>")
     def archive(self, run_id: str, kind: str, name: str) -> Result:
         """Send a checkpoint as a tar archive."""
-        # First: without a key, nobody finds out which checkpoints there are.
+        # First, so that nobody finds out without a key which checkpoints there are.
         self._check_signature()
         row = self._checkpoint(run_id, kind, name)
         content = self._read(row, tar_content)
@@ -78,7 +78,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{SIGNED_PREFIX}files/<run_id>/<kind>/<name>/<path:relative>")
     def file(self, run_id: str, kind: str, name: str, relative: str) -> Result:
         """Send one file of a checkpoint."""
-        self._check_signature()  # of the complete path: only names that were handed out pass
+        self._check_signature()  # covers the whole path: only names from `file_urls` pass
         row = self._checkpoint(run_id, kind, name)
         content = self._read(row, functools.partial(file_content, relative=relative))
         return _download(content, _etag(row, relative), "application/octet-stream")
@@ -92,7 +92,7 @@ class DownloadRoutes(Routes):
         self._signer.check(request.path, request.args.get("expires"), request.args.get("signature"))
 
     def _read(self, row: CheckpointRow, read: Callable[[Path], T]) -> T:
-        """Return what *read* finds in the folder of a checkpoint; 404 if it is not there."""
+        """Return what *read* finds in the folder of a checkpoint; 404 if a file is missing."""
         try:
             return read(self._backend.store.checkpoints.folder_of(row))
         except FileNotFoundError as error:
@@ -100,7 +100,7 @@ class DownloadRoutes(Routes):
 
 
 def _etag(row: CheckpointRow, relative: str) -> str:
-    """Distinguish versions: a checkpoint may be saved again under its name."""
+    """Return a tag that tells versions apart: a checkpoint may be saved again under its name."""
     text = f"{row.folder}\n{row.created_at!r}\n{relative}".encode()
     return hashlib.blake2b(text, digest_size=12).hexdigest()
 
@@ -110,9 +110,9 @@ def _download(content: Content, etag: str, mimetype: str) -> Response:
     asked = _range(content.size, etag)
     start, stop = (0, content.size) if asked is None else asked
     response = Response(content.read(start, stop), mimetype=mimetype)
-    # Also if the client hangs up before the end.
+    # Called even if the client hangs up before the end.
     response.call_on_close(content.close)
-    # A download that resumes sends it back as If-Range, so that it never joins two versions.
+    # A client that resumes sends the tag back as If-Range, so that it never joins two versions.
     response.set_etag(etag)
     response.headers["Accept-Ranges"] = "bytes"
     response.headers["Cache-Control"] = "private"
@@ -120,19 +120,19 @@ def _download(content: Content, etag: str, mimetype: str) -> Response:
     if asked is not None:
         response.status_code = 206
         response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{content.size}"
-        if start >= stop:  # there is nothing there
+        if start >= stop:  # the range is empty
             response.status_code = 416
             response.headers["Content-Range"] = f"bytes */{content.size}"
     return response
 
 
 def _range(size: int, etag: str) -> Optional[Tuple[int, int]]:
-    """Return the part that was asked for, None for everything, an empty part if there is none."""
+    """Return the requested range; None for everything, (0, 0) if it is beyond the end."""
     asked = request.range
     # Several ranges would need a multipart response; HTTP allows sending everything instead.
     if asked is None or asked.units != "bytes" or len(asked.ranges) != 1:
         return None
     if request.headers.get("If-Range") and request.if_range.etag != etag:
-        return None  # it is another version now
+        return None  # the client has a part of another version
     found: Optional[Tuple[int, int]] = asked.range_for_length(size)
     return (0, 0) if found is None else found

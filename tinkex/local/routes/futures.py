@@ -34,10 +34,10 @@ class FutureRoutes(Routes):
         """Send the result of one request, or ``try_again`` after a while."""
         request_id = required(body, "request_id", str)
         metadata_only = bool(optional(body, "allow_metadata_only", bool))
-        # Only a poll that has to wait counts among those that are held.
+        # Only a poll that has to wait counts as held.
         outcome = self._futures.wait(request_id, 0.0)
         if isinstance(outcome, Waiting):
-            # Needs no timer: a client polls for requests that wait.
+            # Checked with each poll instead of by a timer: clients poll for requests that wait.
             self._backend.scheduler.refuse_early(outcome.owner)
             hold_s = self._settings.retrieve_hold_s
             outcome = self._held.hold(functools.partial(self._futures.wait, request_id, hold_s))
@@ -83,7 +83,7 @@ class FutureRoutes(Routes):
 
     @route("POST", "retrieve_futures")
     def retrieve_completions(self, body: JsonBody) -> Result:
-        """List which samples of one client were done since its last poll."""
+        """List the samples of one client that were done since its last poll."""
         group = self._target(required(body, "target", dict))
         cursor = required_seq_id(body, "prev_cursor")
         longest_s = self._settings.retrieve_hold_s
@@ -91,11 +91,11 @@ class FutureRoutes(Routes):
         retrieved = optional(body, "retrieved_request_ids", list) or []
         if not all(isinstance(request_id, str) for request_id in retrieved):
             raise HTTPError(400, "retrieved_request_ids must be a list of request ids")
-        # Before the wait, which may take long: the client has these results.
+        # Before the wait, which may be long: the client has these results.
         self._futures.acknowledge(group, retrieved)
         done, end = self._futures.completed(group, cursor, 0.0)
         if not done and timeout_s > 0:
-            # Not waited for in an ended session: nothing more will be done in it.
+            # Raises if the session has ended: there is nothing left to wait for.
             self._backend.check_sampler(group.sampler_id)
             done, end = self._held.hold(
                 functools.partial(self._futures.completed, group, cursor, timeout_s)
@@ -115,13 +115,13 @@ class FutureRoutes(Routes):
 
     @route("POST", "cancel_future")
     def cancel(self, body: JsonBody) -> Result:
-        """Drop a sample that is pending."""
+        """Cancel a pending sample."""
         request_id = required(body, "request_id", str)
         outcome = self._futures.wait(request_id, 0.0)
         if outcome is None and not self._futures.is_gone(request_id):
             raise HTTPError(404, f"request {request_id} is unknown")
         if isinstance(outcome, Waiting):
-            # The owner is a training run if it is no sampler.
+            # An owner that is not a sampler is a training run.
             if self._backend.store.sampler(outcome.owner) is None:
                 raise HTTPError(
                     400,

@@ -38,7 +38,7 @@ class RunRoutes(Routes):
 
     @route("POST", "load_weights")
     def load_weights(self, body: JsonBody) -> Result:
-        """Queue the loading of a checkpoint, into a run or into a new one."""
+        """Queue the loading of a checkpoint, into an existing run or into a new one."""
         if body.get("model_id") is None:
             return self._load_into_new_run(body)
         return self._submit(body, self._prepare_load)
@@ -55,7 +55,7 @@ class RunRoutes(Routes):
 
     @route("POST", "get_info")
     def describe(self, body: JsonBody) -> Result:
-        """What a run trains."""
+        """Describe what a run trains."""
         model_id = required(body, "model_id", str)
         run = self._backend.catalog.get_model(model_id)
         info = self._backend.info
@@ -79,8 +79,7 @@ class RunRoutes(Routes):
 
     def _create_run(self, model_id: str, body: JsonBody, lora: LoraConfig, create: Work) -> Result:
         """Queue *create* as request 0 of a new run."""
-        # A function: it must not be called for a repetition, which the backend finds under its
-        # lock.
+        # A function, which the backend does not call for a repetition.
         add = functools.partial(
             self._backend.store.add_run,
             model_id,
@@ -99,7 +98,7 @@ class RunRoutes(Routes):
         try:
             self._backend.engine.create(model_id, lora)
         except Exception:
-            # Its row was added when the request was queued, and there is no model for it now.
+            # The run's row was added when the request was queued, but it has no model now.
             self._backend.store.drop_run(model_id)
             raise
         return {"model_id": model_id, "type": "create_model"}
@@ -125,8 +124,8 @@ class RunRoutes(Routes):
         engine = self._backend.engine
         try:
             folder = self._folder(checkpoint)
-            # From the files: another checkpoint may have been saved under the name since the
-            # request was queued.
+            # The configuration comes from the files: another checkpoint may have been saved under
+            # the name since the request was queued.
             engine.create(model_id, engine.lora_config(folder))
             engine.load(model_id, folder, with_optimizer=with_optimizer)
         except Exception:
@@ -154,7 +153,10 @@ class RunRoutes(Routes):
         return self._backend.catalog.loadable_at(path, kind=kind), with_optimizer
 
     def _folder(self, checkpoint: CheckpointRow) -> Path:
-        """Return the folder of a checkpoint that may have been replaced or deleted since."""
+        """Return the current folder of a checkpoint, which may have been replaced since.
+
+        EngineError if it has been deleted.
+        """
         store = self._backend.store
         current = store.checkpoints.find(checkpoint.run_id, checkpoint.kind, checkpoint.name)
         if current is None:

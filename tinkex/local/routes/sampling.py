@@ -27,7 +27,7 @@ class SamplingRoutes(Routes):
         base_model = optional(body, "base_model", str)
         if base_model is not None or path is None:
             self._backend.catalog.check_base_model(base_model)
-        # The weights by a function: a repetition of the request copies no files.
+        # The weights are passed as a function, so that a repetition copies no files.
         sampler_id = self._backend.create_sampler(
             f"{session_id}:sample:{seq_id}",
             body.digest,
@@ -38,7 +38,7 @@ class SamplingRoutes(Routes):
 
     def _weights(self, path: Optional[str]) -> WeightsSource:
         checkpoint = None if path is None else self._backend.catalog.loadable_at(path)
-        # A copy, since the checkpoint may be deleted or replaced while the sampler lives.
+        # A copy, since the checkpoint may be deleted or replaced while the sampler is open.
         return self._backend.frozen(checkpoint)
 
     @route("POST", "join_sampling_session")
@@ -52,7 +52,7 @@ class SamplingRoutes(Routes):
 
     @route("GET", "samplers/<sampler_id>")
     def describe(self, sampler_id: str) -> Result:
-        """What a sampler draws from."""
+        """Describe what a sampler draws from."""
         row = self._backend.catalog.get_sampler(sampler_id)
         return GetSamplerResponse(
             sampler_id, row.base_model, row.model_path, self._backend.info.tokenizer_id
@@ -64,7 +64,7 @@ class SamplingRoutes(Routes):
         sampler_id = required(body, "sampling_session_id", str)
         seq_id = required_seq_id(body)
         self._backend.check_sampler(sampler_id)
-        # Unlike a run's, the number of a rejected sample need not be consumed: samples do not wait
+        # Unlike a run's request, a rejected sample need not consume its seq_id: samples do not wait
         # for one another (docs/protocol.md, "Sample requests").
         with invalid_input_rejected():
             asked = SampleRequest.from_json(body)
@@ -72,7 +72,7 @@ class SamplingRoutes(Routes):
         request_id = self._backend.scheduler.submit_sample(
             sampler_id, seq_id, body.digest, asked, cost
         )
-        # With the promise, since results in protobuf have no field for them (docs/protocol.md,
+        # The ids are sent here, since results in protobuf have no field for them (docs/protocol.md,
         # "Results in protobuf").
         sequence_ids = [f"{request_id}:{index}" for index in range(asked.num_samples)]
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}

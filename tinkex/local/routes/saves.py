@@ -16,7 +16,7 @@ from tinkex.local.scheduling.checks import check_checkpoint_name
 from tinkex.local.scheduling.lanes import Work
 from tinkex.local.state.encryption import encrypt_files, read_recipients
 
-#: Fixed weights, or those of a target that every later save of this kind updates.
+#: Fixed weights, or weights that every later inflight save of the run replaces.
 _SAMPLER_KINDS = ("snapshot", "inflight")
 
 #: Route -> kind of the checkpoint that it saves.
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 class SaveRoutes(Routes):
-    """Views of what saves the weights of a run."""
+    """Views that save the weights of a run."""
 
     @route("POST", "save_weights")
     def save(self, body: JsonBody) -> Result:
@@ -42,7 +42,7 @@ class SaveRoutes(Routes):
 
     @route("POST", "save_weights_for_sampler")
     def save_for_sampler(self, body: JsonBody) -> Result:
-        """Queue the saving of a sampler checkpoint; without a name, the making of a sampler."""
+        """Queue the saving of a sampler checkpoint; without a path, the creation of a sampler."""
         if body.get("path") is not None:
             return self._submit_save("save_weights_for_sampler", body)
         # The official client takes a new sampler number for every retry of the same seq_id.
@@ -68,7 +68,7 @@ class SaveRoutes(Routes):
             user_metadata=metadata(body),
         )
         recipients = _recipients(route, body)
-        # Checked again when it is saved; here, so that the error is the response to the submission.
+        # Checked here, so that the error is the response to the submission; `saving` checks again.
         store.checkpoints.check_name_free(model_id, kind, name, overwrite)
         return functools.partial(self._save, route, model_id, name, saving, recipients)
 
@@ -86,8 +86,8 @@ class SaveRoutes(Routes):
             if kind == "external_weights":
                 engine.export(model_id, folder)
                 if recipients:
-                    # Within `saving`, which gives the folder its name at the end: plain files never
-                    # have it.
+                    # Within `saving`, which gives the folder its name at the end, so that plain
+                    # files never have it.
                     encrypt_files(folder, recipients)
             else:
                 engine.save(model_id, folder, with_optimizer=kind == "weights")
@@ -98,9 +98,9 @@ class SaveRoutes(Routes):
         return saved
 
     def _prepare_sampler(self, model_id: str, body: JsonBody) -> Work:
-        """Make a sampler of the weights as they are, without a checkpoint.
+        """Make a sampler of the run's current weights, without a checkpoint.
 
-        An inflight one follows the run: every later inflight save updates it too.
+        An inflight sampler follows the run: every later inflight save updates it, too.
         """
         seq_id = required_seq_id(body, "sampling_session_seq_id")
         return functools.partial(
@@ -114,13 +114,13 @@ class SaveRoutes(Routes):
     def _save_sampler(
         self, model_id: str, sampler_id: str, digest: bytes, *, is_inflight: bool
     ) -> object:
-        # Called on the engine thread, at the place of the request in the run's order: it sees the
-        # weights of exactly the requests before.
+        # Called on the engine thread when it is the request's turn: the weights are exactly those
+        # that the earlier requests of the run left.
         def weights() -> WeightsSource:
             with self._backend.store.new_sampler_folder() as folder:
                 self._backend.engine.save(model_id, folder, with_optimizer=False)
-            # Under one key the inflight samplers of a run share their weights, and get new ones
-            # together.
+            # The inflight samplers of a run have one key: they share their weights, and get new
+            # ones together.
             key = model_id if is_inflight else sampler_id
             return WeightsSource(key, folder, model_id, newest=is_inflight)
 
@@ -129,7 +129,7 @@ class SaveRoutes(Routes):
 
 
 def _recipients(route: str, body: Dict[str, Any]) -> List[Any]:
-    """Return whom the files are encrypted for, none by default; HTTPError 400 if impossible."""
+    """Return the recipients to encrypt the files for, by default none; HTTPError 400 if wrong."""
     keys = optional(body, "age_encryption_recipients", list)
     if keys is None:
         return []

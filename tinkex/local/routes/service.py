@@ -23,12 +23,12 @@ from tinkex.types import (
 _EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
 _DAY_S = 86400.0
 
-#: Telemetry is kept in memory.
+#: Largest body with telemetry, which is kept in memory.
 _MAX_TELEMETRY_BYTES = 1 << 20
 
 
 class ServiceRoutes(Routes):
-    """Views about the server, not about anything in it.  *mint* makes the tokens."""
+    """Views of the server itself.  *mint* makes the tokens."""
 
     def __init__(self, backend: Backend, settings: ServerSettings, mint: TokenMint) -> None:
         super().__init__(backend, settings)
@@ -42,18 +42,18 @@ class ServiceRoutes(Routes):
     @route("GET", "client/config")
     @route("POST", "client/config")
     def client_config(self) -> Result:
-        """Static flags."""
+        """Return the static flags."""
         return self._settings.client_config()
 
     @route("GET", "client/dynamic_config")
     @route("POST", "client/dynamic_config")
     def dynamic_config(self) -> Result:
-        """Flags that clients ask for again and again."""
+        """Return the flags that clients ask for repeatedly."""
         return self._settings.client_dynamic_config()
 
     @route("GET", "get_server_capabilities")
     def capabilities(self) -> Result:
-        """The one model.  Its aliases are understood, and not listed."""
+        """List the one model; its aliases are accepted, but not listed."""
         info = self._backend.info
         model = SupportedModel(
             info.model_name, info.context_length, trainable=True, sampleable=True
@@ -62,16 +62,16 @@ class ServiceRoutes(Routes):
 
     @route("POST", "auth/token")
     def exchange_key(self) -> Result:
-        """Make a token of the key that was sent."""
+        """Return a token in exchange for the key that was sent."""
         settings = self._settings
-        # Clients read from them who they are: no endpoint says so (docs/protocol.md, "Token
-        # exchange").
+        # Clients learn from these claims who they are: no endpoint says so (docs/protocol.md,
+        # "Token exchange").
         claims = {"sub": settings.owner_urn, "org_id": settings.org_id, "iss": "tinkex"}
         return {"jwt": self._mint.make(claims)}
 
     @route("GET", "auth/apikey/me")
     def describe_key(self) -> Result:
-        """Whose key it is: there is one user."""
+        """Describe the key, which is that of the one user."""
         has_key = bool(self._settings.api_key)
         org_id = self._settings.org_id
         return {
@@ -83,7 +83,7 @@ class ServiceRoutes(Routes):
 
     @route("DELETE", "auth/apikey/me")
     def revoke_key(self) -> Result:
-        """Reject it: the key was chosen when the server was started."""
+        """Refuse: the key was chosen when the server was started."""
         raise HTTPError(
             403, "this server's key is the one that it was started with; it stays valid"
         )
@@ -100,7 +100,7 @@ class ServiceRoutes(Routes):
 
     @route("GET", "audit")
     def audit_log(self) -> Result:
-        """Everything that was done on one day in UTC, oldest first; by default today."""
+        """List the audit entries of one day in UTC, oldest first; by default today's."""
         event_type = request.args.get("event_type", "all")
         if event_type not in _EVENT_TYPES:
             raise HTTPError(
@@ -122,12 +122,12 @@ class ServiceRoutes(Routes):
         return AuditLogResponse(entries)
 
     def _start_of_day(self, day: Optional[str]) -> float:
-        """Return when *day* (``YYYY-MM-DD``) begins; HTTPError 400 if it is no day."""
+        """Return when *day* (``YYYY-MM-DD``) begins; HTTPError 400 if it is not a date."""
         if not day:
-            # Days of UTC are multiples of 86400 seconds since the epoch.
+            # Days of UTC begin at multiples of 86400 seconds since the epoch.
             return self._backend.wall() // _DAY_S * _DAY_S
         try:
-            # Not strptime, which imports a module: requests must not, see local/server.py.
+            # Not strptime, which imports a module; requests must not import (local/server.py).
             midnight = datetime.combine(date.fromisoformat(day), time(), timezone.utc)
         except ValueError as error:
             raise HTTPError(400, f"day is {day!r:.100}; it must be YYYY-MM-DD") from error

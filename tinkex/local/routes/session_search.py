@@ -16,11 +16,11 @@ from tinkex.local.state.rows import SessionRow, timestamp
 #: Project of a session without one of its own.
 DEFAULT_PROJECT = "default"
 
-#: Why a client may say that it ended a session.
+#: Reasons that a client may give for ending a session.
 REASONS = ("success", "errored", "interrupted")
 _STATUSES = ("active", "cancelled", "failed", "client_finished")
 
-#: State of a row -> status; a session that expired, or that a restart ended, was cancelled.
+#: State of a row -> status; a session that expired, or was ended by a restart, was cancelled.
 _STATUS_OF = {
     "live": "active",
     "finished": "client_finished",
@@ -30,12 +30,12 @@ _STATUS_OF = {
 
 
 def project_of(row: SessionRow) -> str:
-    """The project a session belongs to."""
+    """Return the project of a session."""
     return row.project_id or DEFAULT_PROJECT
 
 
 def status_of(row: SessionRow) -> Dict[str, Any]:
-    """The status of a session as the protocol has it."""
+    """Return the status of a session in the form of the protocol."""
     status: Dict[str, Any] = {"type": _STATUS_OF[row.state]}
     if row.state == "finished":
         status.update(reason={"type": row.end_reason or "success"}, detail=row.end_detail)
@@ -49,17 +49,17 @@ class Search:
     """The criteria of a search; None matches everything."""
 
     limit: int
-    after: Optional[Tuple[str, str]]  # created_at and session_id of the last one of a page
+    after: Optional[Tuple[str, str]]  # created_at and session_id of the last page's last session
     session_id: Optional[str]
     project_ids: Optional[FrozenSet[str]]
     user_metadata: Mapping[str, Any]
     display_name: Optional[str]
     owner_urns: Optional[FrozenSet[str]]
-    statuses: Optional[FrozenSet[Tuple[str, Optional[str]]]]  # type; reason, if it must be that
+    statuses: Optional[FrozenSet[Tuple[str, Optional[str]]]]  # type, and reason, or None for any
 
     @classmethod
     def read(cls, body: Dict[str, Any]) -> Search:
-        """Read a request body; HTTPError 400 names what is wrong with it."""
+        """Read a request body; HTTPError 400 says what is wrong with it."""
         limit = optional(body, "limit", int)
         if limit is not None and not 1 <= limit <= 200:
             raise HTTPError(400, f"limit is {limit}; it must lie between 1 and 200")
@@ -81,17 +81,17 @@ class Search:
     def page(
         self, rows: Sequence[SessionRow], owner_urn: str
     ) -> Tuple[List[SessionRow], Optional[Dict[str, str]]]:
-        """Return the next of *rows* that fit, newest first, and the cursor if there are more."""
+        """Return the next matching *rows*, newest first, and a cursor if there are more."""
         if self.owner_urns is not None and owner_urn not in self.owner_urns:
             return [], None
-        # By the text of the cursor, not by the float: one rounded differently would make a page
-        # repeat or skip a session. The id decides among sessions of the same microsecond.
+        # Sorted by the time as text, as in the cursor, not as a float: a difference in rounding
+        # would make a page repeat or skip a session.  The id orders sessions of one microsecond.
         keyed = {(timestamp(row.created_at), row.session_id): row for row in rows}
         found: List[SessionRow] = []
         for key, row in sorted(keyed.items(), reverse=True):
             if (self.after is not None and key >= self.after) or not self._fits(row):
                 continue
-            # Only one more shows that there is another page: the last one has no cursor.
+            # Only one more match shows that there is another page: the last page has no cursor.
             if len(found) == self.limit:
                 last = found[-1]
                 return found, {
@@ -122,11 +122,11 @@ def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
         return None
     created_at = required(cursor, "last_created_at", str)
     try:
-        # Python reads the Z only since 3.11.
+        # Python reads the Z only from 3.11 on.
         moment = datetime.fromisoformat(created_at.replace("Z", "+00:00"))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
-        last = timestamp(moment.timestamp())  # it may lie before the year 1 or after 9999 in UTC
+        last = timestamp(moment.timestamp())  # raises outside of the years 1 to 9999 in UTC
     except (ValueError, OverflowError, OSError) as error:
         raise HTTPError(400, f"last_created_at {created_at!r:.80} is not an instant") from error
     return last, required(cursor, "last_session_id", str)

@@ -12,10 +12,10 @@ from tinkex.local.routes.session_search import REASONS, Search, project_of, stat
 from tinkex.local.state.rows import SessionRow, timestamp
 from tinkex.types import GetSessionResponse, ListSessionsResponse
 
-#: This much is kept of why a client ended a session.
+#: Most characters that are kept of a client's detail on why it ended a session.
 _DETAIL_CHARACTERS = 2000
 
-#: What a client may declare about a session, and of what type it is.
+#: The facts that a client may declare about a session, and their types.
 _FACTS: Dict[str, Type[Any]] = {
     "tags": list,
     "user_metadata": dict,
@@ -65,14 +65,14 @@ class SessionRoutes(Routes):
 
     @route("GET", "sessions")
     def list_ids(self) -> Result:
-        """Ids of sessions, newest first."""
+        """List ids of sessions, newest first."""
         check_scope()
         rows = self._backend.store.sessions(*page(20))
         return ListSessionsResponse([row.session_id for row in rows])
 
     @route("GET", "sessions/<session_id>")
     def describe(self, session_id: str) -> Result:
-        """What is in a session."""
+        """Describe a session and list what is in it."""
         check_scope()
         row, store = self._row(session_id), self._backend.store
         return GetSessionResponse(
@@ -94,7 +94,7 @@ class SessionRoutes(Routes):
 
     @route("POST", "sessions/search")
     def search(self, body: JsonBody) -> Result:
-        """A page of the sessions that match, newest first."""
+        """List a page of the sessions that match, newest first."""
         search = Search.read(body)
         rows, cursor = search.page(self._backend.store.all_sessions(), self._settings.owner_urn)
         summaries = [self._summary(row) for row in rows]

@@ -28,12 +28,12 @@ from tinkex.local.state.futures import Success
 from tinkex.types import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
-#: Offered if the server's flags say so.
+#: A route that is offered only if the server's flags say so.
 _CUSTOM_LOSS = "create_custom_loss"
 
 
 class TrainingRoutes(Routes):
-    """Views of what computes gradients and uses them."""
+    """Views that compute gradients and apply them."""
 
     def __init__(self, backend: Backend, settings: ServerSettings) -> None:
         super().__init__(backend, settings)
@@ -73,8 +73,8 @@ class TrainingRoutes(Routes):
         request_id = f"{loss_id}:create"
         with self._creating_loss:
             if self._backend.losses.add(loss_id, body.digest, program):
-                # Done already, but the protocol has a promise here (docs/protocol.md, "Custom
-                # losses").
+                # The work is done already, but the protocol expects a future (docs/protocol.md,
+                # "Custom losses").
                 created = Success({"loss_id": loss_id, "type": "create_custom_loss"})
                 self._backend.futures.create(request_id, loss_id, 0)
                 self._backend.futures.complete(request_id, created)
@@ -90,7 +90,7 @@ class TrainingRoutes(Routes):
 
     def _step(self, model_id: str, params: AdamParams) -> object:
         metrics = self._backend.engine.optim_step(model_id, params)
-        # The weights have changed: the step must not fail because of this.
+        # The weights have changed already, so a failure to note the step must not fail it.
         log_failure("note a step", self._backend.activity.note_step, model_id)
         return {"metrics": metrics}
 
@@ -110,7 +110,7 @@ class TrainingRoutes(Routes):
                     check_levels(raw)
                 asked = codec.decode_forward_backward(raw)
         except HTTPError:
-            # ... but a body that was read and refused has used its number (rule 2).
+            # ... but a body that was read and rejected has used its seq_id (rule 2).
             self._consume_seq_id(raw, codec.content_type)
             raise
         if forward_only:
@@ -127,12 +127,12 @@ class TrainingRoutes(Routes):
     def _run_and_note(
         self, asked: ForwardBackwardRequest, work: Callable[[], ForwardBackwardOutput]
     ) -> object:
-        """Do *work*, on the engine thread, and note what it was."""
+        """Run the pass *work*, on the engine thread, and note it as activity."""
         activity = self._backend.activity
         started = activity.clock()
         output = work()
         tokens = sum(datum.model_input.length for datum in asked.data)
-        # The gradient has been added: the pass must not fail because of this.
+        # The gradient has been added already, so a failure to note the pass must not fail it.
         log_failure(
             "note a pass", activity.note_pass, asked.model_id, tokens, output.metrics, started
         )
@@ -160,13 +160,13 @@ class TrainingRoutes(Routes):
         if program is None or session_of(str(loss_id)) != session_of(asked.model_id):
             raise HTTPError(
                 400,
-                f"loss_id {loss_id!r:.100} is no custom loss of this session; create_custom_loss "
-                "returns the id",
+                f"loss_id {loss_id!r:.100} is not a custom loss of this session; "
+                "create_custom_loss returns the id",
             )
-        # It is computed by passes with cross_entropy (`run_custom_pass`).
+        # A custom loss is computed by passes with cross_entropy (`run_custom_pass`).
         check_pass(self._backend.info, "cross_entropy", asked.data)
         for index, datum in enumerate(asked.data):
-            # Without the first input, the log-probabilities: the pass itself computes them.
+            # All inputs but the first, the log-probabilities, which the pass itself computes.
             for name in ("target_tokens", *(name for name, _ in program.inputs[1:])):
                 if name not in datum.loss_fn_inputs:
                     raise HTTPError(
@@ -183,7 +183,7 @@ class TrainingRoutes(Routes):
         )
 
     def _consume_seq_id(self, raw: bytes, content_type: str) -> None:
-        """Consume the seq_id of a body that could not be read, as far as it can be found out."""
+        """Consume the seq_id of a rejected body, if its model_id and seq_id can be read."""
         model_id, seq_id = _addressee(raw, content_type)
         if isinstance(model_id, str) and isinstance(seq_id, int) and seq_id > 0:
             self._backend.check_model(model_id)
@@ -191,7 +191,7 @@ class TrainingRoutes(Routes):
 
 
 def _adam_params(body: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the parameters of the step: under their old name, or as those of a family."""
+    """Return the step's parameters: ``adam_params``, or ``optimizer_params`` of a family."""
     if body.get("optimizer_params") is None:
         return required(body, "adam_params", dict)
     if body.get("adam_params") is not None:
@@ -206,7 +206,7 @@ def _adam_params(body: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _addressee(raw: bytes, content_type: str) -> Tuple[Any, Any]:
-    """Return ``model_id`` and ``seq_id`` of a body, as far as they can be read."""
+    """Return ``model_id`` and ``seq_id`` of a body; None for what cannot be read."""
     if content_type == PROTOBUF_CONTENT_TYPE:
         from google.protobuf.message import DecodeError
 

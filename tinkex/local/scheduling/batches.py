@@ -1,7 +1,7 @@
 """Sample requests for the same weights, in batches that advance slice by slice.
 
-Pure bookkeeping around the engine's iterators: no thread, no lock.  Queues and samplers are guarded
-by the scheduler's lock; live batches belong to the engine thread alone, since the engine reads them
+Pure bookkeeping around the engine's iterators: no thread, no lock.  The scheduler's lock guards
+queues and samplers; live batches belong to the engine thread alone, since the engine reads them
 while it works.
 """
 
@@ -18,7 +18,7 @@ from tinkex.local.settings import SamplingLimits
 from tinkex.local.state.deduplication import SeenIds
 from tinkex.types import SampleRequest
 
-#: Most requests of one batch in its lifetime: those that are done stay in its list.
+#: Most requests of one batch in its lifetime: finished requests stay in its lists.
 MAX_BATCH_REQUESTS = 4096
 
 
@@ -27,10 +27,10 @@ class SampleJob:
     """One sample request.
 
     Attributes:
-        cost: its cache in tokens.
-        arrived: in clock seconds.
+        cost: most tokens of key-value cache that it may take.
+        arrived: when it was submitted, in clock seconds.
         began: when it joined a batch, in clock seconds.
-        dropped: set, under the scheduler's lock, when it is cancelled or its sampler closed.
+        dropped: set under the scheduler's lock, once it is cancelled or its sampler closed.
     """
 
     sampler: Sampler
@@ -48,10 +48,10 @@ class WeightsSource(NamedTuple):
 
     Attributes:
         key: samplers with equal keys have the same weights, and share batches.
-        folder: holds the adapter, and belongs to the scheduler from then on; None is the base
-            model.
-        name: of the weights, for display: a base model, a ``tinker://`` path, or the id of a run.
-        newest: from now on they take the place of the earlier weights with this key.
+        folder: folder of the adapter, which the scheduler owns from `Scheduler.add_sampler` on;
+            None for the base model.
+        name: name for display: that of a base model, a ``tinker://`` path, or the id of a run.
+        newest: True if these weights replace the earlier weights with the same key.
     """
 
     key: Hashable
@@ -74,9 +74,9 @@ class SamplerWeights:
     def __init__(self, engine_id: str, source: WeightsSource) -> None:
         self.engine_id = engine_id
         self.source = source
-        self.batches = 0  # engine thread only, like the next two
+        self.batches = 0  # live batches; engine thread only, like the next two
         self.loaded = False
-        self.retired = False  # no lane uses them any more
+        self.retired = False  # True once no lane uses the weights any more
 
 
 class Batch:
@@ -85,23 +85,23 @@ class Batch:
     def __init__(self, weights: SamplerWeights) -> None:
         self.weights = weights
         self.jobs: List[SampleJob] = []
-        self.requests: List[SampleRequest] = []  # of the jobs; the engine looks at it
+        self.requests: List[SampleRequest] = []  # of the jobs; read by the engine
         self.slices: Iterator[List[Finished]] = iter(())
-        self.unfinished: Set[int] = set()
-        self.dropped: Set[int] = set()  # cancelled while it ran; the engine looks at it
-        self.sequences = 0  # of the requests that are not finished
+        self.unfinished: Set[int] = set()  # indices of jobs, as in `dropped`
+        self.dropped: Set[int] = set()  # cancelled while the batch runs; read by the engine
+        self.sequences = 0  # continuations of the unfinished requests
 
     def add(self, job: SampleJob) -> None:
         """Add a request."""
         self.unfinished.add(len(self.jobs))
         self.jobs.append(job)
-        # The engine reads this list with its next slice, so joining a running batch takes no more.
+        # The engine reads this list with each slice, so this is all it takes to join a running one.
         self.requests.append(job.request)
         self.sequences += job.request.num_samples
 
     def remove(self, index: int) -> SampleJob:
         """Note that a request is finished, or dropped, and return its job."""
-        # It stays in the lists: the engine identifies requests by their index.
+        # The request stays in the lists: the engine identifies requests by index.
         self.unfinished.remove(index)
         job = self.jobs[index]
         self.sequences -= job.request.num_samples
@@ -111,7 +111,7 @@ class Batch:
 class SamplerLane:
     """The queue of all samplers that draw from the same weights, and their live batches.
 
-    *key* identifies what they draw from.
+    *key* identifies the weights.
     """
 
     def __init__(self, key: Hashable, weights: SamplerWeights) -> None:
@@ -119,12 +119,12 @@ class SamplerLane:
         self.weights = weights
         self.samplers = 0
         self.queued: Deque[SampleJob] = deque()
-        self.wanted = True  # the weights are to be loaded although nothing is queued yet
+        self.wanted = True  # load the weights even if no request is queued yet
         self.live: Deque[Batch] = deque()  # engine thread only
 
     @property
     def is_over(self) -> bool:
-        """True if no sampler uses it, and none of its batches is live."""
+        """True if no sampler uses the lane, and it has no live batch."""
         return not self.samplers and not self.live
 
     @property
@@ -134,34 +134,34 @@ class SamplerLane:
 
     def drop(self, jobs: Iterable[SampleJob]) -> int:
         """Drop requests, and return how many of them were queued."""
-        # The mark is for those in a live batch: that is the engine thread's, which takes them out
+        # Jobs in a live batch are only marked: it belongs to the engine thread, which removes them
         # between two slices.
         for job in jobs:
             job.dropped = True
-        # One pass for all of them: a session may end with thousands queued.
+        # One pass for all: a session may end with thousands of queued requests.
         before = len(self.queued)
         self.queued = deque(job for job in self.queued if not job.dropped)
         return before - len(self.queued)
 
     def starts_at(self, limits: SamplingLimits) -> float:
-        """The instant from which the queued requests may form a batch; there must be some."""
-        # A pause in the arrivals ends a burst, which is to be one batch; the bound on the first
-        # one's wait keeps a steady stream from delaying it forever.
+        """Return when the queued requests, at least one, may form a batch, in clock seconds."""
+        # A pause in the arrivals ends a burst, which should become one batch.  The bound on the
+        # first request's wait keeps a steady stream from delaying the batch forever.
         first, last = self.queued[0].arrived, self.queued[-1].arrived
         return min(first + limits.gather_most_s, last + limits.gather_s)
 
     def may_start(self, limits: SamplingLimits, live_tokens: int, now: float) -> bool:
-        """True if a new batch should start now; *live_tokens* is the cache in use by all."""
+        """True if a new batch should start now; *live_tokens* is the cache of all live batches."""
         if not self.queued or len(self.live) >= limits.max_live_batches:
             return False
-        # A request that is larger than the limit runs, too, when it has the engine for itself.
+        # A request larger than the limit runs alone.
         room = live_tokens == 0 or live_tokens + self.queued[0].cost <= limits.max_live_tokens
         return room and now >= self.starts_at(limits)
 
     def fill(self, batch: Batch, limits: SamplingLimits, live_tokens: int) -> List[SampleJob]:
         """Move queued requests into *batch* as long as they fit; return them.
 
-        The first one of a new batch fits always.
+        The first request of a new batch always fits.
         """
         added: List[SampleJob] = []
         while self.queued and len(batch.jobs) < MAX_BATCH_REQUESTS:
@@ -171,8 +171,8 @@ class SamplerLane:
                 live_tokens <= limits.max_live_tokens
                 and batch.sequences + job.request.num_samples <= limits.max_batch_sequences
             )
-            # In order of arrival, without a look behind it: a stream of small requests would
-            # otherwise keep a large one waiting forever.
+            # Don't overtake a request that does not fit: a stream of small requests would keep a
+            # large one waiting forever.
             if not fits and batch.jobs:
                 break
             batch.add(self.queued.popleft())
@@ -181,13 +181,14 @@ class SamplerLane:
 
 
 class Sampler:
-    """A sampler that clients know by its id, and its requests that are not done."""
+    """A sampler that clients know by its id, and its unfinished requests."""
 
     def __init__(self, sampler_id: str, session_id: str, lane: SamplerLane) -> None:
         self.sampler_id = sampler_id
         self.session_id = session_id
         self.lane = lane
         self.jobs: Dict[str, SampleJob] = {}  # by request id
-        # A retry keeps its seq_id, and is the same sample (docs/protocol.md, "Sample requests").
+        # A retry has the same seq_id, and gets the same sample (docs/protocol.md, "Sample
+        # requests").
         self.seen = SeenIds(sampler_id)
         self.clones = 0  # clients that joined after the first one

@@ -1,7 +1,7 @@
-"""What a submission must satisfy before it is queued: cheap checks, in the HTTP thread.
+"""Cheap checks of a submission, made in the HTTP thread before it is queued.
 
-Each raises HTTPError (400) naming what is wrong.  The engine checks the rest: shapes, input names,
-and whatever only it knows.
+Each raises an HTTPError (400) that says what is wrong.  The engine checks the rest: shapes, input
+names, and whatever only it knows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MAX_CELLS = 1 << 26
 _MAX_STOPS = 1024
 _MAX_RANK = 4096
 
-# A name becomes a folder (state/checkpoints.py): no slash; no leading dot, as of folders that are
-# being written; and no ~, as of later versions under the same name.
+# A name becomes a folder (state/checkpoints.py): no slash; no leading dot, which marks folders that
+# are being written; and no ~, which marks later versions under the same name.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
 
 
@@ -48,7 +48,7 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
             cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
             if cells > _MAX_CELLS:
                 raise EngineError(
-                    "its loss inputs, and those before it, have more than "
+                    "the loss inputs of the datums up to this one have more than "
                     f"{_MAX_CELLS} cells as dense tensors; send smaller batches"
                 )
             check_tokens(datum.model_input, info)
@@ -60,7 +60,7 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
 
 
 def check_sample(info: EngineInfo, request: SampleRequest, limits: SamplingLimits) -> int:
-    """Check a sample request and return its size: tokens of prompt and continuations."""
+    """Check a sample request and return its size: most tokens of prompt and continuations."""
     if request.num_samples > limits.max_num_samples:
         raise HTTPError(
             400,
@@ -74,7 +74,7 @@ def check_sample(info: EngineInfo, request: SampleRequest, limits: SamplingLimit
         prompt, room = inputs.check_sample(request, info)
     except EngineError as error:
         raise HTTPError(400, str(error)) from error
-    # The most that it can become: batches are filled by size before anything is sampled.  Without
+    # An upper bound, since batches are filled by size before anything is sampled.  Without
     # max_tokens a continuation may fill the context.
     sampled = request.num_samples * min(request.sampling_params.max_tokens or room, room)
     _check_cells(request, int(prompt.size), sampled)
@@ -82,7 +82,7 @@ def check_sample(info: EngineInfo, request: SampleRequest, limits: SamplingLimit
 
 
 def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
-    """Check how large the response, or what it is computed from, would be."""
+    """Check the size of the response, and of what it is computed from."""
     cells = prompt * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
     cells += sampled * request.topk_sample_logprobs
     if request.target_prompt_logprobs is not None:
@@ -91,12 +91,12 @@ def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
         raise HTTPError(
             400,
             f"the request asks for {cells} log-probabilities; it must be at most {_MAX_CELLS}: "
-            "ask for fewer of each position, or of fewer tokens",
+            "ask for fewer at each position, or for fewer positions",
         )
 
 
 def check_checkpoint_name(name: str) -> str:
-    """Return *name* if a checkpoint can be called so."""
+    """Return *name* if it is a valid name for a checkpoint."""
     if not _NAME.fullmatch(name):
         raise HTTPError(
             400,

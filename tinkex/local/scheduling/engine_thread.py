@@ -1,8 +1,8 @@
-"""Runs all engine work on one thread, "tinkex-engine".
+"""EngineThread: runs all engine work on one thread, "tinkex-engine".
 
-Owned by the backend; started and closed by it.  Training runs and samplers are served in rotation,
-one request or one slice of sampling at a time.  In between, and when it is idle, the thread does
-the backend's housekeeping.
+The backend owns, starts and closes it.  The thread serves training runs and samplers in rotation,
+one request or one slice of sampling at a time.  In between, and when idle, it does the backend's
+housekeeping.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from tinkex.local.state.futures import Failure, FutureTable, Success
 
 _log = logging.getLogger(__name__)
 
-#: At exit the process waits at most this long for work that was interrupted, in seconds.
+#: Most seconds that the process waits at exit for interrupted work.
 EXIT_WAIT_S = 20.0
 
-#: Does what has become due and returns the instant (monotonic) at which to call again.
+#: Called with the current time; does what is due and returns when to call again (both monotonic).
 Housekeeping = Callable[[float], float]
 
 
 class EngineThread:
-    """The thread that calls the engine: what is not thread-safe in there needs no lock.
+    """The one thread on which the engine works, so that engines need no locks.
 
     Args:
         engine: does the work, and is closed at the end.
-        scheduler: decides what is next.
+        scheduler: decides which work is next.
         futures: gets the results.
-        housekeeping: called when it is due, and when the scheduler was asked for it.
+        housekeeping: called when it is due, and when it was requested from the rotation.
         limits: how sampling shares the engine.
         on_sampled: called for each sample request that is done.
-        clock: monotonic seconds.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -65,23 +65,23 @@ class EngineThread:
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """Fail what is queued, interrupt the engine, end the thread, and close the engine.
+        """Interrupt the engine, fail all queued requests, close the engine, and end the thread.
 
         Waits at most *timeout_s*; work that takes longer ends in the background.
         """
-        # Before the interrupt: the thread, back from the interrupted call, must find no other work.
+        # Before the interrupt: when the interrupted call returns, there must be no other work.
         self._scheduler.rotation.close()
         self._engine.interrupt()
         self.join(timeout_s)
         if self._thread.is_alive():
             _log.info("the engine is still busy; thread tinkex-engine ends when it is done")
-            # Python ends a daemon thread at exit wherever it is; one that computes in C++ then
-            # aborts the process.
+            # At exit, Python stops a daemon thread wherever it is.  If that is in C++ code, the
+            # process aborts.
             atexit.register(self._thread.join, EXIT_WAIT_S)
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended, but no longer than *timeout_s*."""
-        if self._thread.is_alive():  # it may not have been started
+        """Wait at most *timeout_s* for the thread to end."""
+        if self._thread.is_alive():  # it may never have been started
             self._thread.join(timeout_s)
 
     def _work(self) -> None:
@@ -95,7 +95,7 @@ class EngineThread:
                 self._run_next_job(lane)
             elif lane is not None:
                 self._sampling.serve(lane)
-            # HTTP threads only list weights as retired: to unload them calls the engine, which only
+            # HTTP threads only list weights as retired: unloading them calls the engine, which only
             # this thread may do.
             for weights in self._scheduler.give_back(lane):
                 self._sampling.remove(weights)
@@ -106,7 +106,7 @@ class EngineThread:
         try:
             return self._housekeeping(now)
         except Exception:
-            # The thread must survive it: no request would get a result any more.
+            # The thread must survive this: without it, no request would get a result.
             _log.exception("housekeeping failed; it runs again in a minute")
             return now + 60.0
 
@@ -120,7 +120,6 @@ class EngineThread:
             log_failure(f"unload {lane.model_id}", self._engine.unload, lane.model_id)
 
     def _run(self, lane: Lane, job: Job) -> None:
-        # Set and read on this thread alone.
         if lane.broken is not None:
             self._futures.complete(job.request_id, Failure(lane.broken, "user"))
             return
@@ -129,8 +128,8 @@ class EngineThread:
         # Any exception: this thread serves all runs, and must survive the work of one.
         except Exception as error:
             failure = failure_of(error, job.request_id)
-            # Requests that were accepted meanwhile are queued behind it: they fail with this
-            # reason, and do not reach an engine that does not know the model.
+            # Requests may be queued behind the creation already: they fail with this reason,
+            # instead of reaching an engine that does not know the model.
             if job.creates:
                 lane.broken = f"model {lane.model_id} was not created: {failure.message}"
             self._futures.complete(job.request_id, failure)

@@ -1,6 +1,6 @@
 """What the engine thread does for samplers: load weights; start, advance and end batches.
 
-Used by that thread only, hence without a lock of its own; the scheduler's lock guards the queues.
+Used by that thread only, so it needs no lock of its own; the scheduler's lock guards the queues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tinkex.types import SampleRequest, SampleResponse
 
 _log = logging.getLogger(__name__)
 
-#: Gets the name of the weights, a request, its response, and when it joined a batch (monotonic).
+#: Called with the name of the weights, a request, its response, and when the request joined a batch
+#: (monotonic).
 OnSampled = Callable[[str, SampleRequest, SampleResponse, float], None]
 
 
@@ -28,11 +29,11 @@ class SamplingWorker:
 
     Args:
         engine: does the work.
-        scheduler: has the queues; its lock is taken for moments, never while the engine works.
+        scheduler: has the queues; its lock is taken only briefly, never while the engine works.
         futures: gets the results.
         limits: how sampling shares the engine.
-        clock: monotonic seconds.
-        on_sampled: called for each request that is done, without a lock.
+        clock: returns monotonic seconds.
+        on_sampled: called for each successful request, with no lock held.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class SamplingWorker:
 
     def runnable(self, lane: SamplerLane, now: float) -> bool:
         """True if `serve` would have something to do for *lane* now."""
-        # A lane without samplers gets a turn, too: its batches have to end before it is forgotten.
+        # A lane without samplers gets a turn, too: its batches must end before it is removed.
         return bool(
             lane.live
             or lane.wanted
@@ -65,8 +66,8 @@ class SamplingWorker:
         )
 
     def serve(self, lane: SamplerLane) -> None:
-        """Take queued requests of a lane into batches, and do one slice of one of these."""
-        # A lane without samplers has only batches to end: their requests have been dropped.
+        """Move queued requests of a lane into batches, then do one slice of one of its batches."""
+        # A lane without samplers only has batches to end: their requests have been dropped.
         with self._lock:
             weights = lane.weights if lane.samplers else None
         if weights is not None and self._load(lane, weights):
@@ -75,13 +76,13 @@ class SamplingWorker:
             self._advance(lane)
 
     def end(self, lane: SamplerLane) -> None:
-        """Abandon the batches of a lane, whose requests have failed, and remove its weights."""
+        """Abandon the batches of a lane whose requests have failed already; remove its weights."""
         while lane.live:
             self._end_batch(lane.live.popleft())
         self.remove(lane.weights)
 
     def remove(self, weights: SamplerWeights) -> None:
-        """Remove *weights*, which no lane uses any more; if a batch does, when it has ended."""
+        """Remove *weights*, which no lane uses any more, once no batch uses them either."""
         weights.retired = True
         if weights.batches:
             return
@@ -90,11 +91,11 @@ class SamplingWorker:
         weights.source.remove()
 
     def _load(self, lane: SamplerLane, weights: SamplerWeights) -> bool:
-        """Have the engine hold the weights; False if that failed, with what was queued."""
-        # Also if it fails: the next request tries again, and not the engine thread in a loop.
+        """Load *weights* into the engine; if that fails, fail the queued requests, return False."""
+        # Even if loading fails: the next request tries again, not the engine thread in a loop.
         lane.wanted = False
         if not weights.loaded:
-            # Those that batches draw from have to stay, even if more than *max_loaded* are held.
+            # Weights that batches draw from have to stay, even if more than *max_loaded* do.
             for other in list(self._loaded.values()):
                 if len(self._loaded) < self._limits.max_loaded:
                     break
@@ -107,7 +108,7 @@ class SamplingWorker:
                 with self._lock:
                     jobs = list(lane.queued)
                     self._scheduler.count_dequeued_locked(lane.drop(jobs))
-                # Outside the lock, which `_complete` takes for each.
+                # Outside the lock, which `_complete` takes.
                 for job in jobs:
                     self._complete(job, failure)
                 return False
@@ -120,8 +121,8 @@ class SamplingWorker:
         """Have queued requests join the live batches that have room, or start another one."""
         started = Batch(weights)
         with self._lock:
-            # A batch has the same weights to its end, also if its lane has newer ones by now.
-            # A running batch is joined at once: only a new one waits for requests to gather.
+            # A batch keeps its weights to its end, even if its lane has newer ones.  Requests join
+            # a running batch at once: only a new batch waits for requests to gather.
             for batch in lane.live:
                 if batch.weights is weights:
                     self._fill(lane, batch)
@@ -129,13 +130,13 @@ class SamplingWorker:
                 self._fill(lane, started)
         if not started.jobs:
             return
-        # Before the engine has them: weights with a batch are neither unloaded nor removed.
+        # Before the engine draws from them: weights with a batch are neither unloaded nor removed.
         weights.batches += 1
         lane.live.append(started)
         # Outside the lock: the engine may work for long, while HTTP threads submit and cancel.
         try:
-            # The engine reads both lists again with each slice: requests join the batch, or are
-            # cancelled, while it runs.
+            # The engine reads `requests` and `dropped` again with each slice: requests join the
+            # batch, or are cancelled, while it runs.
             started.slices = self._engine.sample(
                 weights.engine_id, started.requests, started.dropped
             )
@@ -153,7 +154,7 @@ class SamplingWorker:
 
     def _advance(self, lane: SamplerLane) -> None:
         """Do one slice of the next batch."""
-        # Taken from the front and put back at the end: the lane's batches take turns.
+        # The lane's batches take turns: taken from the front here, put back at the end below.
         batch = lane.live.popleft()
         # Other threads only mark a job as dropped; what the engine reads is changed here, between
         # two slices.
@@ -161,7 +162,7 @@ class SamplingWorker:
             batch.dropped.add(index)
             self._remove(batch, index)
         failure: Optional[Failure] = None
-        # If all of them were cancelled, a slice would be work for nobody.
+        # If all requests were cancelled, a slice would be wasted work.
         if batch.unfinished:
             try:
                 for index, outcome in next(batch.slices):
@@ -171,7 +172,7 @@ class SamplingWorker:
                         if isinstance(outcome, EngineError)
                         else Success(outcome),
                     )
-            # Requests without a result would stay pending forever.
+            # The remaining requests must fail, or they would stay pending forever.
             except StopIteration:
                 failure = Failure("the engine ended without a result", "server")
             except Exception as error:
@@ -182,17 +183,18 @@ class SamplingWorker:
             self._end_batch(batch, failure)
 
     def _end_batch(self, batch: Batch, failure: Optional[Failure] = None) -> None:
-        """Abandon what is left of a batch; it fails with *failure*, unless it has failed before."""
+        """End a batch; its unfinished requests fail with *failure*, if they have not yet failed."""
         for index in sorted(batch.unfinished):
             job = self._remove(batch, index)
             if failure is not None:
                 self._complete(job, failure)
-        # Frees the batch's cache in the engine.  A generator can be closed, a plain iterator not.
+        # Frees the batch's cache in the engine.  Only generators can be closed, not all iterators.
         close = getattr(batch.slices, "close", None)
         if close is not None:
             log_failure("abandon a batch", close)
         batch.weights.batches -= 1
-        # They were retired while this batch drew from them, so they were left to its end.
+        # Weights that were retired while batches drew from them are left for the last batch to
+        # remove.
         if batch.weights.retired:
             self.remove(batch.weights)
 
@@ -204,10 +206,10 @@ class SamplingWorker:
     def _complete(self, job: SampleJob, outcome: Outcome) -> None:
         with self._lock:
             # The entry is gone if the client cancelled the sample, or its session ended, during the
-            # slice: the future has failed by then, and keeps that outcome.
+            # slice: its future has failed already, and keeps that outcome.
             job.sampler.jobs.pop(job.request_id, None)
             name = job.sampler.lane.weights.source.name
-        # Before the future completes: a client that has its sample finds it on the server's page.
+        # Before the future completes: a client that has its sample must find it on the page.
         if isinstance(outcome, Success):
             response = cast(SampleResponse, outcome.value)
             log_failure("note a sample", self._on_sampled, name, job.request, response, job.began)
@@ -221,7 +223,7 @@ class SamplingWorker:
 
 
 def log_failure(what: str, action: Callable[..., object], *args: object) -> None:
-    """Do work on the engine's thread that no request waits for; an exception is logged."""
+    """Call *action*, which no request waits for, and log its exception; *what* names it."""
     try:
         action(*args)
     except Exception:
@@ -229,10 +231,10 @@ def log_failure(what: str, action: Callable[..., object], *args: object) -> None
 
 
 def failure_of(error: Exception, what: str) -> Failure:
-    """Return what a request fails with whose work raised *error*.
+    """Return the failure of a request whose work raised *error*; *what* names it in the log.
 
-    An EngineError knows whose fault it is; anything unexpected is the server's, and logged.  Of
-    files that cannot be read or written, as on a full disk, the message says enough.
+    An EngineError has its category; an unexpected error is the server's, and is logged with its
+    traceback.  An OSError, as on a full disk, is logged without one, since its message says enough.
     """
     if isinstance(error, EngineError):
         return Failure(str(error), error.category)

@@ -1,7 +1,7 @@
-"""The queues of all training runs and samplers: what HTTP threads submit, cancel and ask about.
+"""Scheduler: the queues of all training runs and samplers.
 
-Owned by the backend.  The engine thread (engine_thread.py) takes work out of them in the order of
-their rotation (rotation.py).
+Owned by the backend.  HTTP threads submit, cancel and look up requests; the engine thread
+(engine_thread.py) takes them from the queues in the order of the rotation (rotation.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tinkex.types import SampleRequest
 
 
 class Queues(NamedTuple):
-    """What waits, and what is being sampled.
+    """How many requests wait, and how many are being sampled.
 
     Attributes:
-        runs: requests that wait, by run; a run that takes no requests any more is not here.
-        samples: sample requests that wait.
-        sampling: sample requests that are being worked on.
+        runs: number of waiting requests of each run, by model id; without closed runs.
+        samples: number of waiting sample requests.
+        sampling: number of sample requests that the engine works on.
     """
 
     runs: Dict[str, int]
@@ -42,15 +42,15 @@ class Scheduler:
     """The queues of all training runs and samplers.  Thread-safe; no method waits for the engine.
 
     Args:
-        futures: gets a pending future for each request, and the failures of those that are dropped.
+        futures: gets a pending future for each request, and the failure of each dropped request.
         limits: how sampling shares the engine.
         max_waiting: most requests of one run that wait for a missing seq_id.
-        missing_seq_id_s: they wait for this long.
-        lane_type: the queue of a training run.
-        clock: monotonic seconds.
+        missing_seq_id_s: requests wait at least this long for a missing seq_id.
+        lane_type: class of a training run's queue.
+        clock: returns monotonic seconds.
 
     Attributes:
-        rotation: decides which queue is served next; its lock guards all of them.
+        rotation: decides which queue is served next; its lock guards all queues.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Scheduler:
         self._lock = self.rotation.lock
         self._models: Dict[str, Lane] = {}
         self._samplers: Dict[str, Sampler] = {}
-        self._lanes: Dict[Hashable, SamplerLane] = {}  # of the samplers, by their keys
+        self._lanes: Dict[Hashable, SamplerLane] = {}  # lanes of the samplers, by key
         self._queued_samples = 0
-        self._retired: List[SamplerWeights] = []  # no lane uses them any more
+        self._retired: List[SamplerWeights] = []  # weights that no lane uses any more
 
     # Training runs
 
@@ -85,7 +85,7 @@ class Scheduler:
         with self._lock:
             lane = self._models[model_id] = self._lane_type(model_id, session_id)
             self._futures.create(job.request_id, model_id, 0)
-            # Not by `Lane.add`: this is number 0, and those that `add` puts in order begin with 1.
+            # Not by `Lane.add`, which orders requests from seq_id 1 on: this is number 0.
             lane.ready.append(job)
             self.rotation.add_locked(lane)
 
@@ -107,26 +107,28 @@ class Scheduler:
     def submit(self, model_id: str, seq_id: int, digest: bytes, job: Optional[Job]) -> str:
         """Queue *job* at *seq_id*; None consumes the seq_id without any work.
 
-        Returns the request id: of an earlier submission if the body is the same.
+        Returns the request id, or "" without a job.  If the same body was submitted before, returns
+        the request id of that submission.
         """
         with self._lock:
             lane = self._open_lane_locked(model_id)
-            # Again, although the view has looked already: the same request may have come twice.
+            # Looked up again, after the view did: the same request may have arrived twice.
             known = lane.find(seq_id, digest)
             if known is not None:
                 return known
-            # After `find`: a repetition gets its response even then.  Nothing was noted yet, since
-            # a 429 leaves the seq_id unused (docs/protocol.md, "Sequence numbers", rule 3).
+            # After `find`, so that a repetition always gets its response; and before anything is
+            # noted, since a 429 leaves the seq_id unused (docs/protocol.md, "Sequence numbers",
+            # rule 3).
             if lane.waits_beyond_a_gap(seq_id) >= self._max_waiting:
                 raise HTTPError(
                     429,
-                    f"{self._max_waiting} requests of {model_id} wait for seq_id {lane.next_seq} "
-                    "already; send that one",
+                    f"{self._max_waiting} requests of {model_id} already wait for seq_id "
+                    f"{lane.next_seq}; send that request first",
                     retry_after_s=1.0,
                 )
             if job is not None:
                 job = lane.named(job)
-                # Before the engine thread can get at the job, and complete it.
+                # Before the engine thread can take the job and complete its future.
                 self._futures.create(job.request_id, model_id, seq_id)
             lane.add(seq_id, digest, job)
             lane.note_missing(self._clock())
@@ -135,12 +137,12 @@ class Scheduler:
             return "" if job is None else job.request_id
 
     def unload_model(self, model_id: str, request_id: str) -> None:
-        """Queue the end of a run behind what is ready; *request_id* completes then.
+        """Queue the end of a run behind its ready requests, under *request_id*.
 
-        Nothing happens if that was queued before.
+        Nothing happens if it was queued before.
         """
         with self._lock:
-            # `unload_model` has no seq_id: its future shows whether it is a repetition.
+            # `unload_model` has no seq_id: a repetition is recognized by its future.
             if self._futures.wait(request_id, 0.0) is not None:
                 return
             lane = self._open_lane_locked(model_id)
@@ -153,7 +155,7 @@ class Scheduler:
         return {"model_id": model_id, "type": "unload_model"}
 
     def close_model(self, model_id: str, why: str) -> None:
-        """Refuse further requests of a run, fail the queued ones, and unload it soon."""
+        """Refuse further requests of a run, fail its queued requests, and unload it soon."""
         with self._lock:
             lane = self._models.get(model_id)
             if lane is None or lane.closed is not None:
@@ -172,9 +174,10 @@ class Scheduler:
             if self._clock() < missing.since + self._missing_seq_id_s:
                 return
             early = lane.remove_early()
-        # A gateway may have refused the missing request in the server's name: the client counts its
-        # seq_id as used, and nothing would ever fill it.  After these words it sends the failed
-        # requests again, from the missing seq_id on (docs/protocol.md, "Sequence numbers", rule 5).
+        # A gateway may have refused the missing request in the server's name: the client then
+        # counts its seq_id as used, and would never fill the gap.  When it reads this message, it
+        # sends the failed requests again, from the missing seq_id on (docs/protocol.md, "Sequence
+        # numbers", rule 5).
         for seq_id, job in early:
             why = f"Sequence conflict: expected {missing.seq_id}, got {seq_id}."
             self._fail([job.request_id], f"{why} seq_id {missing.seq_id} has not arrived.")
@@ -189,8 +192,7 @@ class Scheduler:
             if lane is None:
                 lane = self._lanes[source.key] = SamplerLane(source.key, weights)
             elif source.newest:
-                # Live batches finish with the earlier weights; requests that are queued take the
-                # new ones.
+                # Live batches finish with the earlier weights; queued requests use the new ones.
                 self._retired.append(lane.weights)
                 lane.weights, lane.wanted = weights, True
             else:
@@ -225,14 +227,15 @@ class Scheduler:
     ) -> str:
         """Queue a sample request and return its request id; *cost* is its cache in tokens.
 
-        With *on_done* the outcome is not polled for but passed on (see `FutureTable.create`).
+        The outcome is passed to *on_done* if given, and cannot be polled for then (see
+        `FutureTable.create`).
         """
         with self._lock:
             sampler = self._open_sampler_locked(sampler_id)
             known = sampler.seen.find(seq_id, digest)
             if known is not None:
                 return known
-            # Before the seq_id is noted: the client sends the same request again after a 429.
+            # Before the seq_id is noted: after a 429 the client sends the same request again.
             if self._queued_samples >= self._limits.max_queued:
                 raise HTTPError(
                     429, f"{self._queued_samples} sample requests are queued", retry_after_s=1.0
@@ -264,9 +267,9 @@ class Scheduler:
             job = None if sampler is None else sampler.jobs.pop(request_id, None)
             if job is not None:
                 self.count_dequeued_locked(job.sampler.lane.drop([job]))
-                # The request behind it may fit where this one did not.
+                # The request behind this one may fit where this one did not.
                 self.rotation.wake_locked()
-        # Without a look at *job*: if the sample is done, its future is settled and stays as it is.
+        # No check of *job* is needed: if the sample is done, its future keeps its outcome.
         self._fail([request_id], "the client cancelled the request")
 
     # All
@@ -278,15 +281,15 @@ class Scheduler:
             for lane in self._models.values():
                 if lane.session_id == session_id and lane.closed is None:
                     failed += self._close_lane_locked(lane, why)
-            # A list, since a sampler leaves the dict when it is closed.  A run stays in its own
-            # until the engine thread has unloaded it.
+            # A copy, since closing a sampler removes it from the dict.  A closed run stays in its
+            # dict until the engine thread has unloaded it.
             for sampler in list(self._samplers.values()):
                 if sampler.session_id == session_id:
                     failed += self._close_sampler_locked(sampler)
         self._fail(failed, why)
 
     def queues(self) -> Queues:
-        """Return how much waits."""
+        """Return how many requests wait, and how many are being sampled."""
         with self._lock:
             open_lanes = [lane for lane in self._models.values() if lane.closed is None]
             unfinished = sum(len(sampler.jobs) for sampler in self._samplers.values())
@@ -297,7 +300,7 @@ class Scheduler:
             )
 
     def why_waiting(self, owner: str, seq_id: int) -> str:
-        """Return a sentence on why the request *seq_id* of a run or sampler is not done yet."""
+        """Return, in words, why the request *seq_id* of a run or sampler is not done yet."""
         with self._lock:
             if owner in self._models:
                 return self._models[owner].why_waiting(seq_id)
@@ -313,8 +316,8 @@ class Scheduler:
 
     def _open_lane_locked(self, model_id: str) -> Lane:
         lane = self._models.get(model_id)
-        # A run and the rotation are closed under this lock, too.  What got in after the engine
-        # thread's last look (`end_all`) would stay pending forever.
+        # Runs and the rotation are closed under this lock, too: a request that got in after the
+        # engine thread's last look (`end_all`) would stay pending forever.
         if lane is None or lane.closed is not None or self.rotation.is_closing:
             raise HTTPError(
                 404, lane.closed if lane and lane.closed else f"{model_id} is not loaded"
@@ -330,7 +333,7 @@ class Scheduler:
     def _close_lane_locked(self, lane: Lane, why: str) -> List[str]:
         """Close a run, remove its requests, and return their ids."""
         lane.closed = why
-        self.rotation.add_locked(lane)  # for the engine thread to unload the model
+        self.rotation.add_locked(lane)  # so that the engine thread unloads the model
         return [job.request_id for job in lane.remove_all()]
 
     def _close_sampler_locked(self, sampler: Sampler) -> List[str]:
@@ -340,10 +343,10 @@ class Scheduler:
         lane.samplers -= 1
         self.count_dequeued_locked(lane.drop(jobs.values()))
         sampler.jobs = {}
-        self.rotation.add_locked(lane)  # for the engine thread to drop them from batches, too
+        self.rotation.add_locked(lane)  # so that the engine thread drops them from batches, too
         return list(jobs)
 
-    # Never under the lock: a completion calls back into the OpenAI endpoint.
+    # Never called under the lock: completing a future may call back into the OpenAI endpoint.
     def _fail(self, request_ids: List[str], why: str, category: str = "user") -> None:
         for request_id in request_ids:
             self._futures.complete(request_id, Failure(why, category))
@@ -357,29 +360,29 @@ class Scheduler:
     def give_back(self, lane: Optional[AnyLane]) -> List[SamplerWeights]:
         """Put a lane that was served back into the rotation, if it has more to do.
 
-        Returns the weights that no lane uses any more.
+        Returns the weights that were retired since the last call: no lane uses them any more.
         """
         with self._lock:
-            # Checked and removed under one lock: a sampler with the same weights that is opened at
-            # this moment either keeps the lane alive or gets a new one.
+            # Checked and removed under one lock: a sampler with the same weights that opens at this
+            # moment either keeps this lane alive or gets a new one.
             if isinstance(lane, SamplerLane) and lane.is_over:
                 del self._lanes[lane.key]
                 self._retired.append(lane.weights)
             if isinstance(lane, Lane) and self._models.get(lane.model_id) is not lane:
-                lane = None  # it was removed when its run ended
+                lane = None  # removed when its run ended
             self.rotation.give_back_locked(lane)
             retired, self._retired = self._retired, []
             return retired
 
     def next_job(self, lane: Lane) -> Optional[Job]:
-        """Take the next job of a run, or None."""
+        """Take the next ready job of a run; None if there is none."""
         with self._lock:
             return lane.ready.popleft() if lane.ready else None
 
     def remove_ended(self, lane: Lane) -> bool:
-        """Forget a run that has ended; False if it has not, or has jobs left."""
+        """Remove a run that is closed and has no ready jobs; return whether it was removed."""
         with self._lock:
-            # A closed run accepts nothing, so that a queue that is empty now stays empty.
+            # A closed run accepts no requests, so an empty queue stays empty.
             has_ended = lane.closed is not None and not lane.ready
             if has_ended:
                 self._models.pop(lane.model_id, None)

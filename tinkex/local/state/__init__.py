@@ -1,1 +1,1 @@
-"""What the server remembers: on disk, sessions and checkpoints; in memory, results and more."""
+"""What the server keeps: on disk, sessions and checkpoints; in memory, results and more."""

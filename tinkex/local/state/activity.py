@@ -1,7 +1,7 @@
-"""What the server has done lately: losses, samples and tokens, for its web page.
+"""Activity: the server's recent losses, samples and tokens, for its web page.
 
-In memory and bounded; what the store or the scheduler knows is not repeated here.  The engine
-thread notes what it has done, HTTP threads read.
+In memory and bounded; repeats nothing that the store or the scheduler knows.  The engine thread
+adds what it has done, HTTP threads read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 else:  # numpy is imported once there are tokens
     FloatArray = TokenArray = Any
 
-#: Runs whose losses are kept, those that were trained last: 120 KB each.
+#: Most runs whose losses are kept, the most recently trained: 120 KB each.
 MOST_RUNS = 64
 
-#: Samples that are kept, the latest.
+#: Most samples that are kept, the latest.
 MOST_SAMPLES = 20
 
-#: Of a sample, this many tokens at the end of the prompt and at the start of what was sampled.
+#: Tokens that are kept of a sample: the end of the prompt, and the start of the continuation.
 _PROMPT_TOKENS = 200
 _SAMPLED_TOKENS = 300
 
@@ -40,13 +40,13 @@ class KeptSample(NamedTuple):
     """The first sequence of a response.
 
     Attributes:
-        version: samples after it have greater ones.
+        version: later samples have greater versions.
         at: seconds since the epoch.
         model: a base model, a ``tinker://`` path, or the id of a run.
         prompt: the last tokens of the prompt.
         tokens: the first tokens that were sampled.
-        logprobs: theirs, or None.
-        prompt_length, length: how many tokens there were.
+        logprobs: log-probabilities of *tokens*, or None.
+        prompt_length, length: number of tokens in the whole prompt and the whole continuation.
         sequences: how many sequences the response has.
     """
 
@@ -62,7 +62,7 @@ class KeptSample(NamedTuple):
 
 
 class RunProgress(NamedTuple):
-    """A run, and the part of its curve that the reader does not have.
+    """A run, with the part of its curve that the reader does not have.
 
     Attributes:
         steps: steps of the optimizer.
@@ -71,7 +71,7 @@ class RunProgress(NamedTuple):
         at: when it was last trained, in seconds since the epoch.
         stride: how many steps each point stands for.
         start: index of the first point.
-        point_steps, point_losses: the points from there on.
+        point_steps, point_losses: the points from *start* on.
     """
 
     steps: int
@@ -88,9 +88,9 @@ class Recent(NamedTuple):
     """What is new to a reader.
 
     Attributes:
-        version: to pass to the next `since`.
-        runs: those that were trained since, by id.
-        samples: those drawn since, oldest first.
+        version: to be passed to the next call of `since`.
+        runs: runs that were trained since the last call, by id.
+        samples: samples that were drawn since the last call, oldest first.
         trained, sampled: tokens in each of the last seconds, oldest first.
         total_trained, total_sampled: tokens since the server started.
     """
@@ -120,11 +120,11 @@ class Activity:
     """Remembers losses, samples and tokens.  Thread-safe; no I/O.
 
     Args:
-        clock: monotonic seconds.
-        wall: seconds since the epoch.
+        clock: returns monotonic seconds.
+        wall: returns seconds since the epoch.
 
     Attributes:
-        epoch: identifies this object: versions of others mean nothing to it.
+        epoch: identifies this object: a version means nothing to another object.
         clock: the *clock* above.
     """
 
@@ -134,7 +134,7 @@ class Activity:
         self.epoch = uuid.uuid4().hex[:8]
         self.clock = clock
         self._wall = wall
-        # Guards everything below.  Held for microseconds; by a reader that has nothing yet, for
+        # Guards everything below.  Held for microseconds, or, by a reader that has nothing yet, for
         # as long as it takes to copy the arrays of all curves.
         self._lock = threading.Lock()
         self._version = 0
@@ -150,7 +150,8 @@ class Activity:
     ) -> None:
         """Note a forward_backward pass over *tokens* that began at *started* (of `clock`)."""
         loss = metrics.get("loss:sum")
-        # Weights of a custom loss may be negative, and mean no loss per token.
+        # The first positive sum is used: weights of a custom loss may be negative, and are then no
+        # basis for a loss per token.
         weights = (metrics.get("weights:sum"), metrics.get("tokens:sum"), float(tokens))
         weight = next((one for one in weights if one is not None and one > 0), 0.0)
         now, at = self.clock(), self._wall()
@@ -180,10 +181,10 @@ class Activity:
         """Note a response that was worked on since *started* (of `clock`)."""
         tokens = sum(sequence.length for sequence in response.sequences)
         now = self.clock()
-        # A request for log-probabilities alone has to sample one token, which is of no interest.
+        # A request for log-probabilities alone has to sample one token, which is not worth showing.
         scores = request.prompt_logprobs and request.sampling_params.max_tokens == 1
         kept = None if scores or not response.sequences else response.sequences[0]
-        # Copied without the lock: the engine thread waits for no reader.
+        # Copied before taking the lock, so that readers do not wait for the copy.
         made = None if kept is None else _kept(model, request, kept, len(response.sequences))
         at = self._wall()
         with self._lock:
@@ -194,7 +195,7 @@ class Activity:
             self._total_sampled += tokens
 
     def since(self, version: int) -> Recent:
-        """Return what has happened after *version*; 0 has seen nothing."""
+        """Return what has happened since *version*; everything, if it is 0."""
         now = self.clock()
         with self._lock:
             return Recent(
@@ -227,7 +228,7 @@ class Activity:
 def _progress(run: _Run, version: int) -> RunProgress:
     curve = run.curve
     start = curve.start_after(version)
-    # Slices of an `array` are copies, which are read without the lock.
+    # Slices of an `array` are copies, so the caller can read them without the lock.
     return RunProgress(
         run.steps,
         run.tokens,
@@ -243,10 +244,10 @@ def _progress(run: _Run, version: int) -> RunProgress:
 def _kept(
     model: str, request: SampleRequest, sequence: SampledSequence, sequences: int
 ) -> KeptSample:
-    # Engines read text only.
+    # Engines accept text only, so every prompt converts to tokens.
     prompt, logprobs = request.prompt.to_numpy(), sequence.logprobs_np
-    # Parts are copied: views would keep the arrays of the whole response in memory.  The first two
-    # fields are set under the lock, where versions are given out.
+    # Copies, since views would keep the arrays of the whole response in memory.  The caller sets
+    # the first two fields under the lock, where versions are given out.
     return KeptSample(
         0,
         0.0,

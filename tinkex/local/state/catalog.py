@@ -1,4 +1,4 @@
-"""Base models, runs, checkpoints and samplers by their names in requests, or why there is none."""
+"""Catalog: finds the base model, run, checkpoint or sampler that a request names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinkex.types import ParsedCheckpointTinkerPath
 
 
 class Catalog:
-    """Looks things up in the store.  Thread-safe."""
+    """Looks names up in the store; an HTTPError says what is missing.  Thread-safe."""
 
     def __init__(self, store: Store, info: EngineInfo) -> None:
         self._store = store
@@ -35,7 +35,8 @@ class Catalog:
         """Return the checkpoint at a ``tinker://`` path.
 
         Raises:
-            HTTPError: 400, not such a path, or not of *kind*; 404, there is none.
+            HTTPError: 400 if *path* is not such a path, or not of *kind*; 404 if there is no such
+                checkpoint.
         """
         with invalid_input_rejected():
             parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
@@ -62,11 +63,11 @@ class Catalog:
         )
 
     def loadable_at(self, path: str, *, kind: Optional[str] = None) -> CheckpointRow:
-        """Return the checkpoint at a ``tinker://`` path, which the engine can load.
+        """Return the checkpoint at a ``tinker://`` path if the engine can load it.
 
         Raises:
-            HTTPError: as for `checkpoint_at`; 400, it was trained from another base model, or is
-                encrypted.
+            HTTPError: as for `checkpoint_at`, and 400 if the checkpoint was trained from another
+                base model, or is encrypted.
         """
         checkpoint = self.checkpoint_at(path, kind=kind)
         run = self._store.run(checkpoint.run_id)

@@ -1,7 +1,7 @@
-"""Saved checkpoints: a row in the database and a folder each.
+"""Checkpoints: the saved checkpoints, each a row in the database and a folder.
 
-A checkpoint is written into a temporary sibling, renamed, and exists once its row is committed;
-what a crash leaves behind without a row is removed at the next start.  No thread of its own;
+A checkpoint is written into a temporary sibling, renamed, and exists once its row is committed.  A
+folder that a crash leaves without a row is removed at the next start.  Starts no thread;
 thread-safe.
 """
 
@@ -23,7 +23,7 @@ from tinkex.types.checkpoint_path import KINDS
 KIND_OF = {checkpoint_type: kind for kind, checkpoint_type in KINDS.items()}
 
 _KEY = "run_id = ? AND kind = ? AND name = ?"
-# Expired checkpoints count as gone until housekeeping deletes them.
+# Queries skip expired checkpoints, which stay until housekeeping deletes them.
 _UNEXPIRED = "(checkpoints.expires_at IS NULL OR checkpoints.expires_at > ?)"
 _ONE = f"SELECT * FROM checkpoints WHERE {_KEY}"
 _NEWEST_FIRST = "ORDER BY checkpoints.created_at DESC, checkpoints.rowid DESC"
@@ -34,8 +34,8 @@ class Checkpoints:
 
     Args:
         data_dir: holds their folders.
-        database: holds their rows, and the audit log of what is done to them.
-        wall: seconds since the epoch.
+        database: holds their rows, and the audit log of their changes.
+        wall: returns seconds since the epoch.
     """
 
     def __init__(self, data_dir: Path, database: Database, wall: Callable[[], float]) -> None:
@@ -67,7 +67,7 @@ class Checkpoints:
         """Return a page of all checkpoints, newest first, and the total."""
         now = self._wall()
         total = self._db.rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
-        # The inner query reads the index alone: rows that *offset* leaves out are not read.
+        # The inner query reads the index alone: the rows that *offset* skips are not read.
         page = f"SELECT rowid FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
         sql = f"SELECT * FROM checkpoints WHERE rowid IN ({page}) {_NEWEST_FIRST}"
         return self._db.find(CheckpointRow, sql, now, limit, offset), total
@@ -98,7 +98,7 @@ class Checkpoints:
         )
 
     def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
-        """Have a checkpoint expire *ttl_s* from now; None keeps it."""
+        """Let a checkpoint expire *ttl_s* seconds from now; never, if None."""
         expires_at = None if ttl_s is None else self._wall() + ttl_s
         self._db.change(
             (f"UPDATE checkpoints SET expires_at = ? WHERE {_KEY}", expires_at, *checkpoint.key),
@@ -118,13 +118,13 @@ class Checkpoints:
         ttl_s: Optional[float],
         user_metadata: Optional[Dict[str, Any]],
     ) -> Iterator[Path]:
-        """Save a checkpoint: yield an empty folder; its content is the checkpoint afterwards.
+        """Yield an empty folder; what the body writes there becomes the checkpoint.
 
         Nothing is left behind if the body raises.  Raises HTTPError (409) if the name is taken and
         *overwrite* is not set.
         """
-        # Again, although it was checked at submission: an earlier request of the run, queued then,
-        # may have taken the name.
+        # Checked at submission, and again now: an earlier request of the run, which was queued
+        # then, may have taken the name.
         self.check_name_free(run_id, kind, name, overwrite)
         with storage_errors(self._data_dir):
             parent = _run_folder(self._data_dir, run_id) / kind
@@ -153,7 +153,7 @@ class Checkpoints:
             shutil.rmtree(self.folder_of(replaced), ignore_errors=True)
 
     def _add(self, row: CheckpointRow) -> Optional[CheckpointRow]:
-        """Add the row of a checkpoint; return the one that had its name, which may have expired."""
+        """Add the row of a checkpoint; return the row that it replaced, which may have expired."""
         # Without `_UNEXPIRED`: an expired checkpoint still has its row, and files to remove.
         replaced = self._db.first(CheckpointRow, _ONE, *row.key)
         self._db.change(
@@ -181,15 +181,16 @@ class Checkpoints:
             try:
                 shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
             except OSError as error:
-                # A folder that is still there was not the reason; a full disk may be.
+                # If the folder still exists, there is another reason, such as a full disk.
                 if source.exists():
                     raise
                 raise self.missing_files(checkpoint) from error
 
     def missing_files(self, checkpoint: CheckpointRow) -> HTTPError:
-        """Make the error for a checkpoint whose folder is not there."""
+        """Return the error for a checkpoint whose folder is missing."""
         current = self.find(*checkpoint.key)
-        # Another folder under this name: it was saved again, and its old files were removed.
+        # If the name has another folder now, the checkpoint was saved again, and its old files were
+        # removed.
         if current is None or current.folder != checkpoint.folder:
             return HTTPError(404, f"{checkpoint.tinker_path} was deleted just now")
         return HTTPError(
@@ -199,13 +200,13 @@ class Checkpoints:
         )
 
     def delete(self, checkpoint: CheckpointRow, event: str = "deleted") -> None:
-        """Delete a checkpoint; the audit log has it as ``checkpoint.<event>``.
+        """Delete a checkpoint; the audit log records it as ``checkpoint.<event>``.
 
         Works on a full disk, too.
         """
         forget = (
             # The folder is compared, too: since *checkpoint* was read, another one may have been
-            # saved under its name, and that one stays.
+            # saved under its name, and must stay.
             (f"DELETE FROM checkpoints WHERE {_KEY} AND folder = ?",
              *checkpoint.key, checkpoint.folder),
             self._audited(checkpoint, event),
@@ -215,8 +216,8 @@ class Checkpoints:
         except StorageError as error:
             if not is_without_room(error.__cause__):
                 raise
-            # The reserve is used up: the files go first, to make room. Otherwise they go last,
-            # since without its row a folder is removed at the next start.
+            # The reserve is used up: the files go first, to make room.  Otherwise they go last,
+            # since a folder that is left without its row is removed at the next start.
             shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
             self._db.change(*forget)
         shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
@@ -228,10 +229,10 @@ class Checkpoints:
             self.delete(row, "expired")
 
     def remove_orphans(self) -> None:
-        """Remove the folders that a crash left without a row; when nothing is being saved.
+        """Remove the folders that a crash left without a row.
 
-        Only folders that a store has named are removed: the data directory may be one in which the
-        user keeps a folder "checkpoints", too.
+        Call it while nothing is being saved.  Removes only folders that a store has named: the user
+        may keep a folder "checkpoints" of their own in the data directory.
         """
         known = {row["folder"] for row in self._db.rows("SELECT folder FROM checkpoints")}
         for run in self._db.rows("SELECT run_id FROM runs"):

@@ -62,12 +62,12 @@ _ADDED = (
 )
 
 
-#: Room for some hundred changes.
+#: Size of the reserve: room for some hundred changes.
 RESERVE_BYTES = 1 << 20
 
 
 class Reserve:
-    """A file at *path* that is deleted when its room is needed."""
+    """A file at *path* that keeps disk space in reserve: deleting it makes room for changes."""
 
     def __init__(self, path: Path, size: int = RESERVE_BYTES) -> None:
         self._path = path
@@ -76,7 +76,7 @@ class Reserve:
         self._lock = threading.Lock()
 
     def fill(self) -> None:
-        """Make the file if it is not there and there is room for it."""
+        """Create the file if it does not exist and there is room for it."""
         with self._lock:
             if self._path.exists():
                 return
@@ -98,15 +98,15 @@ class Reserve:
 
 
 class Database:
-    """The database in *folder*, made or brought up to date as needed.  Thread-safe.
+    """The database in *folder*, created or brought up to date as needed.  Thread-safe.
 
-    It is changed on a full disk, too, while its reserve lasts.
+    Changes succeed even on a full disk, as long as the reserve lasts.
 
     Args:
-        folder: exists.
+        folder: must exist.
 
     Raises:
-        sqlite3.Error: it cannot be opened; from other methods, read.
+        sqlite3.Error: the database cannot be opened; from its methods, it cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,26 +118,26 @@ class Database:
         try:
             self._connection = _connect(path)
         except sqlite3.OperationalError as error:
-            # `close` deletes the reserve, so one that is there now was left by a server that was
-            # killed: its room lets this one start.
+            # `close` deletes the reserve, so a reserve that exists now was left by a killed server.
+            # Its room lets this server start.
             if not (is_without_room(error) and self._reserve.release()):
                 raise
             self._connection = _connect(path)
         self._reserve.fill()
 
     def close(self) -> None:
-        """Close it, and give back the reserve."""
+        """Close the database, and delete the reserve."""
         with self._lock:
             self._connection.close()
         self._reserve.release()
 
     def change(self, *statements: Statement) -> None:
-        """Do all of *statements*, or none of them; StorageError if it cannot be written."""
+        """Execute all of *statements*, or none; StorageError if the database cannot be written."""
         with storage_errors(self._folder):
             self.execute(*statements)
 
     def execute(self, *statements: Statement) -> None:
-        """Do all of *statements*, or none of them; sqlite3.Error if that fails."""
+        """Execute all of *statements*, or none of them; sqlite3.Error if that fails."""
         with self._lock:
             try:
                 self._change_locked(statements)
@@ -145,14 +145,14 @@ class Database:
             except sqlite3.OperationalError as error:
                 if not (is_without_room(error) and self._reserve.release()):
                     raise
-            # For more room still: move the write-ahead log into the database, and truncate it.
+            # Moving the write-ahead log into the database and truncating it makes more room still.
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._change_locked(statements)
         _log.warning("%s is on a full disk; the reserve for its database is in use", self._folder)
 
     def execute_if_possible(self, sql: str, *values: Any) -> None:
-        """Change something that is not worth the reserve: on a full disk, nothing happens."""
+        """Make a change that is not worth using the reserve; on a full disk, nothing happens."""
         with self._lock, contextlib.suppress(sqlite3.OperationalError):
             self._change_locked([(sql, *values)])
 
@@ -166,13 +166,13 @@ class Database:
         return found[0] if found else None
 
     def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
-        """Return what a query finds."""
+        """Return the rows that a query finds."""
         with self._lock:
-            # All at once: the next thread uses the same connection as soon as the lock is released.
+            # All rows at once: other threads use the connection as soon as the lock is released.
             return self._connection.execute(sql, values).fetchall()
 
     def restore_reserve(self) -> None:
-        """Keep room on the disk for changes again, if some was used and there is any."""
+        """Create the reserve again, if it was used and there is room for it."""
         self._reserve.fill()
 
     def _change_locked(self, statements: Sequence[Statement]) -> None:
@@ -185,27 +185,27 @@ class Database:
             for sql, *values in statements:
                 self._connection.execute(sql, values)
             self._connection.execute("COMMIT")
-        # On Ctrl-C, too: all threads share the connection, and a transaction that stayed open would
-        # take in the changes of others.
+        # On Ctrl-C, too: all threads share the connection, and a transaction left open would take
+        # in the changes of the others.
         except BaseException:
-            with contextlib.suppress(sqlite3.Error):  # SQLite may have done it by itself
+            with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back already
                 self._connection.execute("ROLLBACK")
             raise
 
 
 def is_without_room(error: Optional[BaseException]) -> bool:
-    """Whether SQLite's *error* is caused by a full disk, a quota, or a limit of file sizes."""
+    """Return whether SQLite's *error* is due to a full disk, a quota, or a limit of file sizes."""
     return any(reason in str(error) for reason in ("disk is full", "disk I/O error"))
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    # Used by all threads, one at a time.  Without an isolation level, it begins no transactions:
-    # a single statement commits itself, and several are put into one by _change_locked.
+    # All threads use this connection, one at a time.  Without an isolation level, it begins no
+    # transactions: a single statement commits itself, and _change_locked begins one for several.
     connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         connection.row_factory = sqlite3.Row
-        # NORMAL with WAL: a power cut may lose the last facts, never the database; no fsync
-        # per commit.
+        # NORMAL with WAL: no fsync per commit; a power cut may lose the last changes, never the
+        # database.
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(_SCHEMA)

@@ -11,18 +11,18 @@ from typing import Callable, Dict, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
 
-#: seq_ids that are remembered per run or sampler, some 300 bytes each; older ones cannot be
-#: repeated.  There are more of them than requests that may wait for a missing one.
+#: Most seq_ids that are remembered per run or sampler, some 300 bytes each; older ones cannot be
+#: repeated.  More than the requests that may wait for a missing seq_id.
 MAX_REMEMBERED = 2048
 
-#: Results kept by idempotency key, at most; a retry comes within minutes.
+#: Most results that are kept by idempotency key; a retry comes within minutes.
 _MAX_KEYS = 4096
 
 
 class SeenIds:
-    """The seq_ids of a run or sampler that were used; guarded by the scheduler's lock.
+    """The used seq_ids of a run or sampler, each with the digest of its body and its request id.
 
-    Each has a digest of its body and its request id.
+    Guarded by the scheduler's lock.
     """
 
     def __init__(self, owner: str) -> None:
@@ -39,14 +39,14 @@ class SeenIds:
             self._seen.popitem(last=False)
 
     def discard(self, seq_id: int) -> None:
-        """Forget *seq_id*: it may be used for another body."""
+        """Forget *seq_id*, so that it may be used for another body."""
         self._seen.pop(seq_id, None)
 
     def find(self, seq_id: int, digest: bytes) -> Optional[str]:
         """Return the request id of an earlier submission of the same body, or None.
 
         Raises:
-            HTTPError: 409, the seq_id was used for another body.
+            HTTPError: 409 if the seq_id was used for another body.
         """
         if seq_id not in self._seen:
             return None
@@ -62,9 +62,9 @@ class SeenIds:
 
 
 class CreatedIds:
-    """The runs and samplers that were created; guarded by the backend's lock for creating.
+    """The created runs and samplers, each with the digest of its body and the id in its response.
 
-    Each has a digest of the body, and the id in the response.
+    Guarded by the backend's lock for creating them.
     """
 
     def __init__(self) -> None:
@@ -78,9 +78,9 @@ class CreatedIds:
         """Return the id in the response of an earlier request with the same body, or None.
 
         Raises:
-            HTTPError: 409, it was created with another body.
+            HTTPError: 409 if it was created with another body.
         """
-        # An unknown id gets this digest as its default, so that the check below passes.
+        # For an unknown id, the default has this digest, so that the check below passes.
         known_digest, response_id = self._created.get(made_id, (digest, None))
         if known_digest != digest:
             raise HTTPError(
@@ -89,7 +89,7 @@ class CreatedIds:
         return response_id
 
     def drop_session(self, session_id: str) -> None:
-        """Forget what was created in a session, which has ended."""
+        """Forget the runs and samplers of a session that has ended."""
         prefix = f"{session_id}:"
         for made_id in [made_id for made_id in self._created if made_id.startswith(prefix)]:
             del self._created[made_id]
@@ -99,18 +99,18 @@ class IdempotencyCache:
     """Results of requests without a seq_id, by their idempotency key.  Thread-safe."""
 
     def __init__(self) -> None:
-        # Guards _results.  Held while a result is made, for milliseconds, so that two requests
-        # with one key at the same time are one.
+        # Guards _results.  Held while a result is made, for milliseconds, so that two simultaneous
+        # requests with one key share one result.
         self._lock = threading.Lock()
         self._results: OrderedDict[str, str] = OrderedDict()
 
     def get(self, key: Optional[str], make: Callable[[], str]) -> str:
-        """Return the result for *key*, which *make* makes the first time; without a key, always."""
+        """Return the result for *key*; *make* makes it the first time, or always without a key."""
         if not key:
             return make()
         with self._lock:
             if key not in self._results:
-                # If it raises, nothing is kept: the client's retry is to try again.
+                # If this raises, nothing is kept, so that the client's retry tries again.
                 self._results[key] = make()
                 if len(self._results) > _MAX_KEYS:
                     self._results.popitem(last=False)

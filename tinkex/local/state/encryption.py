@@ -1,6 +1,6 @@
 """Encrypting the files of exported weights with age (https://age-encryption.org).
 
-pyrage is optional; the server imports it when it starts, if it is there.  No threads.
+pyrage is optional; if it is installed, the server imports it at start.  No threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _MAX_RECIPIENTS = 10
 def read_recipients(keys: Sequence[object]) -> List[Any]:
     """Return pyrage's recipients for public keys of age (``age1...``).
 
-    HTTPError 400 if there are none or too many, one is not a key, or pyrage is not installed.
+    HTTPError 400 if there are no keys or too many, if one is not a key of age, or if pyrage is not
+    installed.
     """
     if not 1 <= len(keys) <= _MAX_RECIPIENTS:
         raise HTTPError(
@@ -51,7 +52,7 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     """Replace each file in *folder* by one that is encrypted for *recipients*, named ``*.age``."""
     import pyrage
 
-    # Listed before any is encrypted, since each adds a file to the folder.
+    # Listed before the loop, which adds encrypted files to the folder.
     for file in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
         file.unlink()

@@ -18,18 +18,18 @@ from tinkex.errors import LocalServerError
 #: How long a new server waits for one that is closing, in seconds.
 _ENDING_S = 5.0
 
-# The locks that a process holds, by its id (a fork copies this) and the device and inode of their
-# files.  Single operations on a dict are atomic.
+# The locks that this process holds.  A key is the id of the process (a fork copies this dict), and
+# the device and inode of the file.  Single operations on a dict are atomic.
 _held_here: Dict[Tuple[int, int, int], FolderLock] = {}
 
 
 class FolderLock:
-    """Holds a data directory for one server: two would end each other's sessions.
+    """Holds a data directory for one server: two servers would end each other's sessions.
 
     Used by one thread at a time.
 
     Attributes:
-        ending: its server is about to close.
+        ending: True once the server is about to close.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -40,23 +40,23 @@ class FolderLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock.  Waits for a server of this process that is closing; else not.
+        """Take the lock.  Waits only for a server of this process that is about to close.
 
         Raises:
-            LocalServerError: another server has it.
+            LocalServerError: another server holds it.
             OSError: the folder cannot be used.
         """
-        if sys.platform == "win32":  # there, two servers on one folder go unnoticed
+        if sys.platform == "win32":  # two servers on one folder go unnoticed there
             return
         file = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             status = os.fstat(file)
             key = (os.getpid(), status.st_dev, status.st_ino)
-            # flock tells two servers of one process apart, too, but not whether the other one is
-            # about to close.
+            # flock excludes a second server of this process, too, but only the dict knows whether
+            # the first one is about to close.
             holder = _held_here.get(key)
             if holder is not None:
-                gc.collect()  # its client may be garbage already, in a cycle
+                gc.collect()  # the holder's client may be garbage already, in a reference cycle
                 if holder.ending:
                     holder._released.wait(_ENDING_S)
             try:
@@ -70,13 +70,13 @@ class FolderLock:
         _held_here[key] = self
 
     def release(self) -> None:
-        """Give the lock back; nothing happens if it is not held."""
+        """Release the lock; nothing happens if it is not held."""
         file, self._file = self._file, None
         if file is not None:
-            # Before the file is closed: from then on, another server's entry may have this key.
+            # Before the file is closed: from then on, the key may belong to another server.
             if self._key is not None and _held_here.get(self._key) is self:
                 del _held_here[self._key]
-            # The file stays: after a removal, two servers could lock two files of the same name.
+            # The file stays: if it were removed, two servers could lock two files of the same name.
             os.close(file)
         # Last: the waiting server locks the file as soon as this is set, and does not retry.
         self._released.set()
@@ -99,7 +99,7 @@ class FolderLock:
 def check_data_dir(data_dir: Path) -> None:
     """Raise LocalServerError unless a server could use *data_dir* now; make the folder if needed.
 
-    Before a model is loaded, which takes long.  Waits like `FolderLock.acquire`.
+    Call it before loading a model, which takes long.  Waits like `FolderLock.acquire`.
     """
     lock = FolderLock(data_dir)
     with folder_errors(data_dir):
@@ -110,12 +110,12 @@ def check_data_dir(data_dir: Path) -> None:
 
 @contextlib.contextmanager
 def folder_errors(data_dir: Path) -> Iterator[None]:
-    """Make a LocalServerError of what the file system or SQLite raises about *data_dir*."""
+    """Turn errors of the file system and of SQLite into a LocalServerError about *data_dir*."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, FileExistsError):  # from mkdir, where a folder would have done
+        if isinstance(error, FileExistsError):  # from mkdir: the path is not a folder
             reason = "it is a file"
         raise _unusable(
             data_dir,

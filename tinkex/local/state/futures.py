@@ -1,7 +1,7 @@
 """The server's futures: request id -> pending, a result, or a failure.
 
-The scheduler completes them, HTTP threads wait for them.  No thread of its own.  Each pending
-future that is waited for has its own Event, so that a completion wakes only its waiters.
+The engine thread completes most of them, HTTP threads wait for them.  Starts no thread.  Each
+pending future that has waiters has its own Event, so that a completion wakes only its waiters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
 
-#: seq_ids of one sampling client; the next block belongs to the next clone.
+#: Number of seq_ids of one sampling client; the next block belongs to the next clone.
 CLONE_BLOCK = 1_000_000_000
 
 
@@ -24,12 +24,12 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, sampler_id: str, seq_id: int) -> Group:
-        """The group of the request *seq_id* of a sampler."""
+        """Return the group of the request *seq_id* of a sampler."""
         return cls(sampler_id, seq_id // CLONE_BLOCK)
 
 
 class Completions:
-    """Finished requests by group, each with an index that only grows.  Not thread-safe."""
+    """Finished requests by group, each with an increasing index.  Not thread-safe."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -42,15 +42,15 @@ class Completions:
         return self._last
 
     def after(self, group: Group, cursor: int) -> Tuple[List[str], int]:
-        """Return what was done after *cursor*, and the next cursor.
+        """Return the requests that were done after *cursor*, and the next cursor.
 
-        What stands at or before *cursor* is forgotten.
+        Forgets the requests at or before *cursor*.
         """
         done = self._groups.get(group)
         if done is None:
             return [], cursor
-        # A client sends a cursor once it has the response that the cursor came with
-        # (docs/protocol.md, "Batch polling"); what comes after it may have been lost.
+        # A client sends a cursor once it has the response that carried the cursor
+        # (docs/protocol.md, "Batch polling"); any later response may have been lost.
         while done and next(iter(done)) <= cursor:
             done.popitem(last=False)
         if not done:
@@ -76,7 +76,7 @@ class Success:
 class Failure:
     """The work failed; *category* is ``"user"`` or ``"server"``.
 
-    *status* is the HTTP status it would have as a response of its own.
+    *status* is the HTTP status for an endpoint that responds with the failure itself.
     """
 
     message: str
@@ -96,14 +96,14 @@ class _Entry:
     finished_at: float = 0.0
     fetched_at: Optional[float] = None
     fetched_bytes: int = 0
-    group: Optional[Group] = None  # is notified of its completion
-    number: int = 0  # among the completions of its group
+    group: Optional[Group] = None  # notified of the completion
+    number: int = 0  # index of the completion
     on_done: Optional[Callable[[Outcome], None]] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Waiting:
-    """A future that is still pending: it stands at *seq_id* in the queue of *owner*."""
+    """A future that is still pending: request *seq_id* of *owner*, a model or sampler."""
 
     owner: str
     seq_id: int
@@ -113,14 +113,15 @@ class FutureTable:
     """All futures of the server.  Thread-safe.
 
     Args:
-        keep_fetched_s: a result may be fetched again for this long (a lost response is requested
-            again within seconds).
+        keep_fetched_s: a result may be fetched again for this long, in case its response is lost
+            (clients retry within seconds).
         keep_unfetched_s: a result that is not fetched is dropped after this long.
-        max_finished: at most this many results that were not fetched are kept, and as many that
-            were, the oldest dropped first; neither kind ever displaces the other.
-        max_fetched_bytes: at most this many encoded bytes of fetched results are kept.
-        max_gone: number of ids of dropped results that are remembered.
-        clock: monotonic seconds.
+        max_finished: most unfetched results, and most fetched results, that are kept.  The oldest
+            of a kind are dropped first; neither kind displaces the other.
+        max_fetched_bytes: most encoded bytes of fetched results that are kept; the newest is kept
+            whatever its size.
+        max_gone: most ids of dropped results that are remembered.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -161,13 +162,13 @@ class FutureTable:
     ) -> None:
         """Add a pending future; *group* is notified when it is done.
 
-        With *on_done* the outcome is not kept but passed to it, on the engine's thread or, at the
-        end of the server, on another one; it must not block or raise.
+        With *on_done* the outcome is not kept but passed to this function, in the thread that
+        completes the future: usually the engine thread.  It must not block or raise.
         """
         with self._lock:
             self._pending[request_id] = _Entry(owner, seq_id, group=group, on_done=on_done)
-            # An id may come again: after a gap was refused, its seq_ids are free
-            # (`Lane.remove_early`).
+            # An id may be used again: `Lane.remove_early` frees the seq_ids of the requests that
+            # waited behind a gap.
             self._gone.pop(request_id, None)
 
     def complete(self, request_id: str, outcome: Outcome) -> None:
@@ -187,7 +188,7 @@ class FutureTable:
                 events += self._listeners.pop(entry.group, [])
             while len(self._unfetched) > self._max_finished:
                 self._drop_locked(next(iter(self._unfetched)))
-        # Without the lock, which the threads that are woken need.
+        # Not under the lock, which the woken threads need.
         for event in events:
             event.set()
         if entry.on_done is not None:
@@ -199,40 +200,40 @@ class FutureTable:
         Returns Waiting if it is still pending then, and None if there is no such future.
         """
         with self._lock:
-            # Pending ones first: of an id that came again, there may be an earlier outcome, too.
+            # Pending futures first: if the id was used before, its earlier outcome may exist, too.
             entry = self._pending.get(request_id)
             if entry is None:
                 finished = self._finished_locked(request_id)
                 return None if finished is None else finished.outcome
-            # After `close` no Event would be set any more.
+            # After `close` the Event might never be set.
             if timeout_s <= 0 or self._closing:
                 return Waiting(entry.owner, entry.seq_id)
             if entry.done is None:
                 entry.done = threading.Event()
             done = entry.done
         done.wait(timeout_s)
-        # Written before the Event is set, and never changed again.
+        # The outcome is written before the Event is set, and never changed again.
         return entry.outcome or Waiting(entry.owner, entry.seq_id)
 
     def completed(
         self, group: Group, cursor: int, timeout_s: float
     ) -> Tuple[List[Tuple[str, Outcome]], int]:
-        """Return what *group* had done after *cursor*, with outcomes, and the next cursor.
+        """Return the requests of *group* done after *cursor*, with outcomes, and the next cursor.
 
-        If it is nothing yet, blocks for at most *timeout_s*, or until close.
+        If there are none yet, blocks for at most *timeout_s*, or until close.
         """
         with self._lock:
             done, upto = self._completions.after(group, cursor)
             if done or timeout_s <= 0 or self._closing:
                 return self._outcomes_locked(done), upto
-            # Registered under the lock under which nothing was found: a completion since then
-            # finds the listener.
+            # Registered without releasing the lock after the check, so that no completion between
+            # the two is missed.
             event = threading.Event()
             self._listeners.setdefault(group, []).append(event)
         event.wait(timeout_s)
         with self._lock:
             listeners = self._listeners.get(group, [])
-            if event in listeners:  # nothing was done
+            if event in listeners:  # no completion has removed it
                 listeners.remove(event)
                 if not listeners:
                     del self._listeners[group]
@@ -251,7 +252,7 @@ class FutureTable:
         return self._unfetched.get(request_id) or self._fetched.get(request_id)
 
     def acknowledge(self, group: Group, request_ids: Iterable[str]) -> None:
-        """Drop the results of *group* that its client has; others are left alone."""
+        """Drop the results that the client of *group* has; ids of other groups are ignored."""
         with self._lock:
             for request_id in request_ids:
                 entry = self._finished_locked(request_id)
@@ -259,17 +260,17 @@ class FutureTable:
                     self._drop_locked(request_id)
 
     def drop(self, request_id: str) -> None:
-        """Drop a result before its time; nothing happens if there is none."""
+        """Drop a result early; nothing happens if there is none."""
         with self._lock:
             self._drop_locked(request_id)
 
     def is_gone(self, request_id: str) -> bool:
-        """True if there was such a result, and it was dropped (not too long ago)."""
+        """True if there was such a result and it was dropped not too long ago."""
         with self._lock:
             return request_id in self._gone
 
     def fetched(self, request_id: str, size: int) -> None:
-        """Note that the result was handed out in *size* bytes."""
+        """Note that the result was sent, in *size* bytes."""
         with self._lock:
             entry = self._unfetched.pop(request_id, None)
             if entry is None:  # gone, or fetched before
@@ -278,7 +279,7 @@ class FutureTable:
             entry.fetched_bytes = size
             self._fetched[request_id] = entry
             self._fetched_bytes += size
-            # The newest stays whatever its size: its response may still get lost.
+            # The newest result stays whatever its size: its response may still get lost.
             while len(self._fetched) > 1 and (
                 self._fetched_bytes > self._max_fetched_bytes
                 or len(self._fetched) > self._max_finished
@@ -288,7 +289,7 @@ class FutureTable:
     def sweep(self, now: float) -> None:
         """Drop results that have been kept long enough."""
         with self._lock:
-            # Both are in order of time, so the first one that is young enough ends the search.
+            # Both dicts are in order of time, so the first result that is kept ends the search.
             for request_id, entry in list(self._fetched.items()):
                 if entry.fetched_at is None or now < entry.fetched_at + self._keep_fetched_s:
                     break
@@ -302,7 +303,7 @@ class FutureTable:
         """Release every waiter; from now on `wait` returns immediately."""
         with self._lock:
             self._closing = True
-            # Polls get "try again"; what is passed on to `on_done` has no polls, and fails.
+            # Polls get "try again"; a future with `on_done` is not polled for, so it fails.
             events = [entry.done for entry in self._pending.values() if entry.done is not None]
             for listeners in self._listeners.values():
                 events += listeners
@@ -323,8 +324,8 @@ class FutureTable:
         self._fetched_bytes -= entry.fetched_bytes
         if entry.group is not None:
             self._completions.discard(entry.group, entry.number)
-        # Remembered for a while: a late poll gets 410, after which a sample is submitted again, and
-        # not the 404 of an id that never existed (docs/protocol.md, "Lifetime of results").
+        # Remembered for a while, so that a late poll gets 410, after which clients submit a sample
+        # again, instead of the 404 of an unknown id (docs/protocol.md, "Lifetime of results").
         self._gone[request_id] = None
         if len(self._gone) > self._max_gone:
             self._gone.popitem(last=False)

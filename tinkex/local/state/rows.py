@@ -24,8 +24,8 @@ _JSON = frozenset({"facts", "lora", "optimizer", "user_metadata", "details"})
 class SessionRow:
     """A session.
 
-    *state* is live, expired, finished or lost (the server ended before it); *reason* is a
-    sentence.  *end_reason* and *end_detail* come from the client that finished it.
+    *state* is live, expired, finished or lost (the server ended first); *reason* is a sentence.
+    *end_reason* and *end_detail* come from the client that finished it.
     """
 
     session_id: str
@@ -41,7 +41,7 @@ class SessionRow:
 
 @dataclasses.dataclass(frozen=True)
 class RunRow:
-    """A training run, loaded or not.  A copy of a checkpoint belongs to no session."""
+    """A training run, loaded or not.  The run of a copied checkpoint belongs to no session."""
 
     run_id: str
     session_id: str
@@ -70,7 +70,7 @@ class CheckpointRow:
 
     @property
     def key(self) -> Tuple[str, str, str]:
-        """What identifies it: run, kind and name."""
+        """Its identity: run, kind and name."""
         return self.run_id, self.kind, self.name
 
     @property
@@ -92,7 +92,7 @@ class SamplerRow:
 
 @dataclasses.dataclass(frozen=True)
 class AuditRow:
-    """Something that was done; *event_type* is checkpoints or projects."""
+    """An entry of the audit log; *event_type* is checkpoints or projects."""
 
     at: float
     event_type: str
@@ -103,14 +103,14 @@ class AuditRow:
 
 
 def timestamp(seconds: float) -> str:
-    """RFC 3339 in UTC, with microseconds; later times sort later."""
-    # By itself, isoformat leaves out a fraction of zero, and the texts would not sort by time.
+    """Return *seconds* as RFC 3339 in UTC, with microseconds; later times sort later."""
+    # By default, isoformat leaves out a fraction of zero, and the texts would not sort by time.
     text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")
 
 
 def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:
-    """Write an object, or nothing, into a column."""
+    """Return the JSON of an object for a column; None for None."""
     return None if value is None else json.dumps(value)
 
 
@@ -122,7 +122,7 @@ def audit_statement(
     run_id: Optional[str] = None,
     tinker_path: Optional[str] = None,
 ) -> Tuple[Any, ...]:
-    """Return the statement that adds a row to the audit log, in the transaction of the change."""
+    """Return the statement that adds a row to the audit log, for the change's transaction."""
     values = (at, event_type, event, json.dumps(details), run_id, tinker_path)
     return ("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)", *values)
 
@@ -131,14 +131,14 @@ def _loads(text: str) -> Dict[str, Any]:
     value: Dict[str, Any] = json.loads(text)
     if levels(text.encode()) <= MAX_LEVELS:
         return value
-    # Older versions stored what no response can show; it is left out.
-    # Each part is one level deeper in the object than by itself, hence `<` below.
+    # Older versions stored values that are too deep for any response; these are left out.  In the
+    # object, a value is one level deeper than by itself, hence `<` below.
     texts = {name: json.dumps(one).encode() for name, one in value.items()}
     return {name: one for name, one in value.items() if levels(texts[name]) < MAX_LEVELS}
 
 
 def read_row(kind: Type[R], row: sqlite3.Row) -> R:
-    """Read a row of the table of *kind*."""
+    """Return a row of SQLite as a value of *kind*."""
     facts: Dict[str, Any] = dict(row)
     for name in _JSON.intersection(facts):
         facts[name] = None if facts[name] is None else _loads(facts[name])

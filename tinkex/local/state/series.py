@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from typing import List
 
-#: A curve of this many points is thinned to half of them; even, so that all form pairs.
+#: A curve that reaches this many points is thinned to half of them; even, so that all form pairs.
 MOST_POINTS = 5000
 
 #: Rates are kept for this many seconds.
@@ -14,13 +14,13 @@ RATE_SECONDS = 120
 
 
 class Curve:
-    """Losses by step.  From `MOST_POINTS` on, each point is the mean over `stride` steps.
+    """Losses by step; in long curves, each point is the mean over `stride` steps.
 
     Each point carries the *version* with which it was added; versions increase.
 
     Attributes:
         steps: the last step of each point.
-        losses: the mean loss of its steps.
+        losses: the mean loss of each point's steps.
         stride: how many steps a point stands for.
     """
 
@@ -30,7 +30,7 @@ class Curve:
         self.stride = 1
         self._versions = array("q")
         self._thinned_at = 0
-        self._sum = 0.0  # of the steps that make no point yet
+        self._sum = 0.0  # of the steps since the last point
         self._count = 0
 
     def add(self, step: int, loss: float, version: int) -> None:
@@ -49,7 +49,7 @@ class Curve:
     def start_after(self, version: int) -> int:
         """Return the index of the first point that a reader of *version* does not have.
 
-        It is 0 if the curve was thinned since: the reader's points are not those of this curve.
+        It is 0 if the curve was thinned since, which replaced all points.
         """
         return 0 if version < self._thinned_at else bisect_right(self._versions, version)
 
@@ -70,23 +70,23 @@ class TokenRate:
         self._second = 0
 
     def add(self, tokens: int, start: float, end: float) -> None:
-        """Add *tokens* of work from *start* to *end*, in equal parts to the seconds it took."""
+        """Add *tokens* processed from *start* to *end*, spread evenly over these seconds."""
         last = int(end)
         self._advance(last)
-        # The ring has no place for earlier seconds; their share goes to those that it has.
+        # The ring has no place for earlier seconds; their share goes to the seconds that it has.
         first = max(int(start), last - RATE_SECONDS + 1)
         for second in range(first, last + 1):
             self._counts[second % RATE_SECONDS] += tokens / (last + 1 - first)
 
     def window(self, now: float) -> List[float]:
-        """Return the tokens of each second, oldest first, up to the one before *now*."""
+        """Return the tokens of each second, oldest first, up to the second before *now*."""
         self._advance(int(now))
         place = (self._second + 1) % RATE_SECONDS
         return (self._counts[place:] + self._counts[:place])[:-1]
 
     def _advance(self, second: int) -> None:
-        # At most one round, however long nothing happened.  *second* may also lie behind, since
-        # threads read the clock before they wait for the lock: then nothing is cleared.
+        # At most one round, however much time has passed.  *second* may also be in the past, since
+        # threads read the clock before they wait for the lock: nothing is cleared then.
         for passed in range(max(self._second + 1, second - RATE_SECONDS + 1), second + 1):
             self._counts[passed % RATE_SECONDS] = 0.0
         self._second = max(self._second, second)

@@ -1,6 +1,6 @@
-"""Which sessions are alive: a pure table, to which the time is handed in.
+"""SessionTable: which sessions are alive.
 
-No thread and no lock: the backend's session lock guards it.
+Pure: the caller passes the time.  No thread and no lock: the backend's session lock guards it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ class SessionTable:
 
     def __init__(self, ttl_s: float) -> None:
         self.ttl_s = ttl_s
-        # All sessions live equally long, so the order of the last beat is the order of expiry.
+        # All sessions have the same lifetime, so the order of last heartbeats is that of expiry.
         self._due: Dict[str, float] = {}
 
     def add(self, session_id: str, now: float) -> None:
-        """Start the life of *session_id*."""
+        """Add a new session."""
         self._due[session_id] = now + self.ttl_s
 
     def alive(self, session_id: str, now: float) -> bool:
-        """True if *session_id* was added, has not ended and has not missed its time."""
-        # Compared, since an expired session stays in the table until the next housekeeping.
+        """True if *session_id* was added, and has neither ended nor expired."""
+        # The time is compared, since an expired session stays here until the next housekeeping.
         due = self._due.get(session_id)
         return due is not None and now < due
 
     def beat(self, session_id: str, now: float) -> bool:
-        """Note a heartbeat; False if there is no such session, or it comes too late."""
+        """Note a heartbeat; return False if there is no such session, or it has expired."""
         if not self.alive(session_id, now):
             return False
         del self._due[session_id]  # move it to the end of the order
@@ -39,11 +39,11 @@ class SessionTable:
         return True
 
     def remove(self, session_id: str) -> bool:
-        """End a session; False if it was not in the table."""
+        """Remove a session; return False if it was not in the table."""
         return self._due.pop(session_id, None) is not None
 
     def drop_expired(self, now: float) -> List[str]:
-        """Remove and return the sessions whose time has passed, oldest first."""
+        """Remove and return the expired sessions, in order of expiry."""
         expired = []
         for session_id, due in self._due.items():
             if now < due:
@@ -54,7 +54,7 @@ class SessionTable:
         return expired
 
     def next_due(self) -> Optional[float]:
-        """The instant at which the next session expires, or None."""
+        """Return when the next session expires; None without sessions."""
         return next(iter(self._due.values()), None)
 
     def ages(self, now: float) -> Dict[str, float]:

@@ -1,10 +1,10 @@
-"""What the embedded server remembers: SQLite for the facts, folders for the weights.
+"""Store: what the embedded server keeps on disk.  SQLite for the facts, folders for the weights.
 
 ::
 
     <data_dir>/tinkex.sqlite3                        sessions, runs, checkpoints, samplers, audit
     <data_dir>/checkpoints/<run>/<kind>/<name>/      one saved adapter
-    <data_dir>/samplers/<n>/                         frozen weights of living samplers
+    <data_dir>/samplers/<n>/                         frozen weights of open samplers
     <data_dir>/reserve                               disk space for changes on a full disk
 
 No thread of its own; thread-safe.
@@ -41,16 +41,16 @@ _SAMPLER_FOLDER = re.compile("[0-9a-f]{32}")  # uuid4().hex
 
 
 class Store:
-    """The server's memory under *data_dir*, which is created if it is missing.
+    """The server's data under *data_dir*, which is created if it is missing.
 
     Its methods raise StorageError if something cannot be written.
 
     Args:
         data_dir: folder of the database and the weights.
-        wall: seconds since the epoch.
+        wall: returns seconds since the epoch.
 
     Attributes:
-        checkpoints: what was saved.
+        checkpoints: the saved checkpoints.
 
     Raises:
         LocalServerError: the folder cannot be written, or another server uses it.
@@ -72,7 +72,7 @@ class Store:
             opened.callback(self._db.close)
             self.checkpoints = Checkpoints(data_dir, self._db, wall)
             self._tidy()
-            # Everything succeeded: from here on `close` is responsible.
+            # Everything succeeded: from here on, `close` cleans up.
             opened.pop_all()
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Store:
         end_reason: Optional[str] = None,
         end_detail: Optional[str] = None,
     ) -> None:
-        """Note that a session ended; only the first end counts."""
+        """Record the end of a session; only the first end counts."""
         self._db.change((
             "UPDATE sessions SET state = ?, ended_at = ?, reason = ?, end_reason = ?, "
             "end_detail = ? WHERE session_id = ? AND state = 'live'",
@@ -140,7 +140,7 @@ class Store:
         user_metadata: Optional[Dict[str, Any]],
         project_id: Optional[str] = None,
     ) -> None:
-        """Remember a new training run; without a project of its own it is in its session's."""
+        """Remember a new training run; without *project_id*, its project is that of its session."""
         now = self.wall()
         self._db.change((
             "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -177,9 +177,9 @@ class Store:
         return [row[0] for row in self._db.rows(sql, session_id)]
 
     def touch_run(self, run_id: str) -> None:
-        """Note that a run is in use, at most once a second."""
+        """Note that a run is in use; written at most once a second."""
         now = self.wall()
-        # Every request of a run is a use: a write for each would slow small ones down.
+        # Every request of a run is a use: a write for each would slow down small requests.
         with self._lock:
             if now - self._touched.get(run_id, 0.0) < 1.0:
                 return
@@ -230,13 +230,13 @@ class Store:
                 raise
 
     def restore_reserve(self) -> None:
-        """Keep room on the disk for changes again, after some was used on a full disk."""
+        """Create the reserve again, if it was used on a full disk and there is room for it."""
         self._db.restore_reserve()
 
     # The audit log
 
     def audit_log(self, start: float, stop: float, event_type: Optional[str]) -> List[AuditRow]:
-        """Return what was done from *start* until just before *stop*, oldest first.
+        """Return the entries from *start* until just before *stop*, oldest first.
 
         *event_type* is ``"checkpoints"`` or ``"projects"``, or None for both.
         """
@@ -247,8 +247,8 @@ class Store:
         return self._db.find(AuditRow, sql, start, stop, event_type, event_type)
 
     def _tidy(self) -> None:
-        """After a restart: no session lives, and no weights are kept without their row."""
-        # Only what a store has named: the user may keep a folder "samplers" of their own here.
+        """Clean up after the last server: end its sessions, remove files without a checkpoint."""
+        # Only folders that a store has named: the user may keep a folder "samplers" of their own.
         for folder in (self.data_dir / "samplers").glob("*"):
             if _SAMPLER_FOLDER.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)

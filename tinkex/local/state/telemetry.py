@@ -1,7 +1,7 @@
 """Keeps the last telemetry events in memory (docs/protocol.md, "Telemetry").
 
-Nothing of it is logged or written to disk: it may hold more than its sender meant to share.  No
-thread of its own; thread-safe.
+Events are neither logged nor written to disk: they may hold more than their sender meant to share.
+Starts no thread; thread-safe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _COMMON = {"event_id": str, "event_session_index": int, "severity": str, "timestamp": str}
 
-#: What each kind of event has besides.
+#: The additional fields of each kind of event.
 _OWN: Dict[str, Dict[str, type]] = {
     "SESSION_START": {},
     "SESSION_END": {"duration": str},
@@ -37,14 +37,14 @@ class TelemetrySink:
         self._events: Deque[Dict[str, Any]] = deque(maxlen=kept)
 
     def add(self, batch: Dict[str, Any]) -> None:
-        """Keep the events of a request body; HTTPError 400 if one is malformed, and then none."""
+        """Keep the events of a request body.  If one is malformed, keep none; HTTPError 400."""
         for name in ("platform", "sdk_version", "session_id", "process_uuid"):
             if not isinstance(batch.get(name), str):
                 raise HTTPError(400, f"field {name!r} must be a text")
         events = batch.get("events")
         if not isinstance(events, list) or len(events) > _MOST_EVENTS:
             raise HTTPError(400, f"field 'events' must be a list of at most {_MOST_EVENTS} events")
-        # All are checked before any is kept: a corrected batch can then be sent again whole.
+        # All are checked before any is kept, so that a corrected batch can be sent again whole.
         for number, event in enumerate(events):
             _check(f"event {number}", event)
         common = {name: value for name, value in batch.items() if name != "events"}
@@ -52,7 +52,7 @@ class TelemetrySink:
             self._events.extend({**common, **event} for event in events)
 
     def events(self) -> List[Dict[str, Any]]:
-        """Return what is kept, oldest first, each with the common fields of its request."""
+        """Return the kept events, oldest first, each with the common fields of its request."""
         with self._lock:
             return list(self._events)
 
@@ -63,7 +63,7 @@ def _check(what: str, event: Any) -> None:
         raise HTTPError(400, f"{what} is {kind!r:.80}; it must be one of {', '.join(_OWN)}")
     for name, expected in {**_COMMON, **_OWN[kind]}.items():
         value = event.get(name)
-        # In Python a bool is an int; in JSON it is no number.
+        # In Python a bool is an int; in JSON it is not a number.
         if not isinstance(value, expected) or isinstance(value, bool):
             raise HTTPError(
                 400,
@@ -75,5 +75,5 @@ def _check(what: str, event: Any) -> None:
         datetime.fromisoformat(event["timestamp"].replace("Z", "+00:00"))
     except ValueError as error:
         raise HTTPError(
-            400, f"{what}: timestamp {event['timestamp']!r:.80} is no instant"
+            400, f"{what}: timestamp {event['timestamp']!r:.80} is not an ISO 8601 time"
         ) from error

@@ -1,12 +1,12 @@
-"""peft's configuration of an adapter: as it is saved, and as the engine gives it to peft.
+"""peft's configuration of an adapter: the saved form, and the form that the engine gives to peft.
 
-The two differ for mixtures of experts.  With transformers 5, which holds a layer's experts in one
-tensor, peft (from 0.19 on) takes names such as ``gate_proj`` in ``target_modules`` for the experts
-of older files: it adapts the tensor in their place, and leaves out every dense or shared MLP of
-that name.  So a saved configuration lists these layers by their weights, in
-``target_parameters``, which means the same and which peft leaves alone.  Within the engine they are
-adapted as the linear layers they are: their weight is not copied in each pass, and a bfloat16
-weight does not round the adapter off.
+The two differ for mixtures of experts.  transformers 5 holds a layer's experts in one tensor, so
+peft (from 0.19 on) takes a name such as ``gate_proj`` in ``target_modules`` for the experts of an
+older file: it adapts the tensor instead, and skips every dense or shared MLP of that name.  A saved
+configuration therefore lists such layers by their weights, in ``target_parameters``, which means
+the same and which peft does not reinterpret.  Within the engine they are adapted as what they are,
+linear layers: this way, no pass copies their weight, and a bfloat16 weight does not round off the
+adapter's part.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tinkex.local.engines.torch_engine.targets import Chosen, Targets, shorten
 # best learning rate hardly depends on the rank.
 _LORA_ALPHA = 32
 
-# The last part of every name that peft takes for an expert's or a router's of an older file.
+# The last parts of the names that peft takes for experts or routers of an older file.
 _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 _WEIGHT = ".weight"
 
 
 def make_config(targets: Targets, chosen: Chosen, rank: int, base_model: str) -> Any:
-    """Return the configuration to save for a new adapter of what is *chosen*.
+    """Return the configuration to save for a new adapter on the *chosen* layers and tensors.
 
     *base_model* is what transformers loads: a folder or a Hugging Face name.
     """
@@ -43,7 +43,7 @@ def make_config(targets: Targets, chosen: Chosen, rank: int, base_model: str) ->
     parameters = [*chosen.tensors, *(name + _WEIGHT for name in by_weight)]
     options: Any = {}
     if parameters:
-        # Only then, because the field is unknown to older releases of peft.
+        # Only if needed, because older releases of peft do not know the field.
         options["target_parameters"] = shorten(parameters, targets.parameters)
     return peft.LoraConfig(
         r=rank,
@@ -58,12 +58,12 @@ def make_config(targets: Targets, chosen: Chosen, rank: int, base_model: str) ->
 
 
 def injected_config(config: Any, targets: Targets, root: str) -> Any:
-    """Return a copy of *config* for peft, where the model is the attribute *root* of a module.
+    """Return a copy of *config* for peft, which gets the model as attribute *root* of a module.
 
-    Parameters are named in full: peft wants those of all adapters to be named alike.
+    Parameters are given by their full names: peft requires all adapters to name them alike.
     """
     modules = config.target_modules
-    # A pattern matches full names, which begin with *root* here.
+    # A pattern is matched against full names, which begin with *root* here.
     if isinstance(modules, str):
         modules = [f"{root}.{name}" for name in targets.layers_matching(modules)]
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
@@ -78,18 +78,18 @@ def injected_config(config: Any, targets: Targets, root: str) -> Any:
 
 
 def kinds_in(config: Any, targets: Targets) -> List[str]:
-    """Return the kinds of what *config* adapts: some of "attn", "mlp" and "unembed"."""
+    """Return the kinds of layers that *config* adapts: some of "attn", "mlp" and "unembed"."""
     named = targets.layers_matching(config.target_modules)
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
-    # Under both names: the weight of a linear layer is known by its layer, a tensor of experts,
-    # which may be called weight, too (JetMoe), by itself.
+    # Look for both names: a linear layer's weight is listed by the layer's name, a tensor of
+    # experts by its own, which may also end in "weight" (JetMoe).
     named += [name.removesuffix(_WEIGHT) for name in parameters] + parameters
     known = {**targets.layers, **targets.tensors}
     return sorted({known[name] for name in named if name in known})
 
 
 def _knows_parameters() -> bool:
-    """True if peft adapts single parameters at all (0.17)."""
+    """Return whether this peft can adapt single parameters (0.17 or newer)."""
     import peft
 
     return "target_parameters" in {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -102,13 +102,13 @@ class _Experts(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
 
 
 def adapts_tensors() -> bool:
-    """True if several adapters can change one expert tensor (peft 0.20); found by trying."""
+    """Return whether several adapters can change one expert tensor (peft 0.20 on); tries it."""
     import peft
 
     if not _knows_parameters():
         return False
     model = torch.nn.Sequential(_Experts())
-    # peft draws initial weights, and a user's own random numbers are not to change by that.
+    # peft draws initial weights, which must not disturb the user's own random numbers.
     state = torch.random.get_rng_state()
     try:
         with quiet():

@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's format: written, read, and checked to fit before they are used."""
+"""Writes and reads adapters in PEFT's format, and checks that they fit before they are used."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ RUN_FILE = "tinkex_lora.json"
 def write_adapter(
     adapter: Adapter, lora: LoraConfig, folder: Path, *, for_export: bool = False
 ) -> None:
-    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`.
+    """Write *adapter* into *folder* in PEFT's format, and *lora* beside it for `read_lora`.
 
-    There is a note with it if merging it takes care.  *for_export* names the weights of the output
-    layer as the hosted service does, which is what the cookbook's merging and conversion expect.
+    If the adapter needs care when merged, a note is written beside it.  *for_export* names the
+    weights of the output layer as the hosted service does, as the cookbook's merging and conversion
+    expect.
     """
     renamed = for_export and adapter.output is not None
     own = f"{PREFIX}{adapter.output}."
@@ -45,7 +46,7 @@ def write_adapter(
             name = EXPORTED_OUTPUT + name[len(own) :]
         tensors[name] = value.detach()
     write_tensors(tensors, folder / WEIGHTS_FILE)
-    # As PEFT saves adapters: a model that loads this one does not train it unless asked to.
+    # As PEFT saves adapters: a program that loads this one does not train it unless it asks to.
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
@@ -59,14 +60,14 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write *tensors* into the file *path*.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: the file cannot be written, e.g. because the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors takes contiguous tensors only.
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # safetensors reports a full disk as an error of its own, where callers handle OSError.
+    # safetensors reports a full disk by an error of its own; callers handle OSError.
     try:
         save_file(contiguous, str(path), {"format": "pt"})
     except SafetensorError as error:
@@ -77,7 +78,7 @@ def read_config(folder: Path) -> Any:
     """Return peft's configuration of the adapter saved in *folder*; EngineError if it has none."""
     import peft
 
-    if not (folder / CONFIG_FILE).is_file():  # peft would ask the model hub
+    if not (folder / CONFIG_FILE).is_file():  # else peft would ask the model hub
         raise EngineError(f"{folder} holds no adapter (no {CONFIG_FILE})")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
@@ -85,7 +86,7 @@ def read_config(folder: Path) -> Any:
         raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
     if not isinstance(config, peft.LoraConfig):
         raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
-    config.inference_mode = False  # peft would freeze an adapter that is loaded to go on training
+    config.inference_mode = False  # else peft would freeze an adapter that is to be trained on
     return config
 
 
@@ -93,7 +94,7 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     """Return the LoraConfig of the adapter saved in *folder* by this or another program."""
     file = folder / RUN_FILE
     if file.is_file():
-        # A later version may have written more.
+        # A later version may have written more fields.
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         saved = json.loads(file.read_text())
         return LoraConfig(**{name: value for name, value in saved.items() if name in known})
@@ -108,9 +109,10 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
 
 
 def has_other_layout(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
-    """Return whether the adapter in *folder* was made for the same *lora*, with other tensors.
+    """Return whether the adapter in *folder* was made for the same *lora* but has other tensors.
 
-    An earlier version of tinkex, peft or transformers chose other layers, or held them otherwise.
+    An earlier version of tinkex, peft or transformers may have chosen other layers, or stored them
+    differently.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -118,7 +120,7 @@ def has_other_layout(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
         return False
     saved = json.loads((folder / RUN_FILE).read_text())
     own = dataclasses.asdict(lora)
-    # Another rank or kind of layers is the user's mistake, which read_into reports.
+    # A different rank or kind of layers is the user's mistake, which read_into reports.
     if any(saved.get(name) != own[name] for name in own if name != "seed"):
         return False
     try:
@@ -133,7 +135,7 @@ def has_other_layout(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
 
 
 def load_tensors(file: Path) -> Dict[str, torch.Tensor]:
-    """Return what the safetensors *file* holds; EngineError if it is missing or damaged."""
+    """Return the tensors in the safetensors *file*; EngineError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -147,9 +149,9 @@ def load_tensors(file: Path) -> Dict[str, torch.Tensor]:
 def read_tensors(
     folder: Path, file: str, wanted: Dict[str, torch.Tensor], *, output: Optional[str] = None
 ) -> Dict[str, torch.Tensor]:
-    """Return the tensors saved in *folder*/*file*: of the names and shapes of *wanted*.
+    """Return the tensors saved in *folder*/*file*, which must have *wanted*'s names and shapes.
 
-    *output* is the name of the output layer, for files that were exported.
+    *output* is the model's name for the output layer, which exported files call otherwise.
 
     Raises:
         EngineError: the file is missing or damaged, or holds something else.
@@ -157,7 +159,7 @@ def read_tensors(
     saved = load_tensors(folder / file)
     if output is not None:
         saved = rename_exported(saved, output)
-    # In both directions: weights that this adapter has no place for were trained, too.
+    # Compare both ways: weights that this adapter has no place for were trained, too.
     if saved.keys() != wanted.keys():
         raise EngineError(
             f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "
@@ -195,6 +197,6 @@ def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Te
 
 
 def sample_of(names: Iterable[str]) -> str:
-    """Name some of *names*, for a message."""
+    """Return the first few of *names* as text for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "") if ordered else "nothing"

@@ -1,9 +1,9 @@
-"""LoRA adapters over one base model, kept by peft, switched cheaply.
+"""LoRA adapters on one base model, kept by peft and cheap to switch.
 
-An AdapterPool wraps the base model once; each training run and each sampler is one named adapter
-in it.  The base's weights are frozen and never merged with an adapter, so any number of adapters
-share them bit for bit (a tied embedding included: an adapter on the output layer adds to its
-logits and leaves the shared matrix alone).
+An AdapterPool wraps the base model once; each training run, and each sampler of saved weights, has
+one named adapter in it.  The base's weights are frozen and never merged with an adapter, so any
+number of adapters share them bit for bit (a tied embedding included: an adapter on the output layer
+adds to its logits and leaves the shared matrix alone).
 
 Convention: ``W' = W + (alpha / rank) * B A`` with alpha = 32 whatever the rank, B = 0 and A
 uniform in +-1/sqrt(in_features) at the start (Hu et al., LoRA, arXiv 2106.09685; alpha and the
@@ -46,10 +46,11 @@ class Adapter:
 
     Attributes:
         key: its name inside peft.
-        config: peft's configuration of it, as it is saved.
+        config: peft's configuration, in the form that is saved.
         parameters: fp32 parameters by their names in PEFT's file format, in a fixed order.
-        output: the name of the output layer, if it adapts that.
-        on_tied_output: the output layer shares its weights with the embedding.
+        output: the name of the output layer if the adapter changes it, else None.
+        on_tied_output: whether it changes an output layer that shares its weights with the
+            embedding.
     """
 
     key: str
@@ -60,9 +61,9 @@ class Adapter:
 
 
 class _Root(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
-    """Holds the model for peft, which treats what it is given as plain PyTorch.
+    """Wraps the model, so that peft treats it as plain PyTorch.
 
-    Given a transformers model, peft would rewrite the targets for some families; see
+    If peft saw a transformers model, it would rewrite the targets for some families; see
     `adapter_config`.
     """
 
@@ -72,7 +73,7 @@ class _Root(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
 
 
 class AdapterPool:
-    """The base model with its adapters; one of them, or none, is active at a time.
+    """The base model with its adapters, of which at most one is active at a time.
 
     Args:
         model_name: for messages.
@@ -89,7 +90,7 @@ class AdapterPool:
         self.targets = Targets(model)
         self._adapts_tensors = bool(self.targets.tensors) and adapts_tensors()
         self._root = _Root(model)
-        # The PeftModel, from the first adapter on: a server that only samples from the base needs
+        # The PeftModel, made with the first adapter: a server that only samples from the base needs
         # none.
         self._peft: Any = None
         self._layers: Dict[str, Any] = {}  # peft's LoRA layers by module name
@@ -100,7 +101,7 @@ class AdapterPool:
         model.requires_grad_(False)
 
     def make_config(self, lora: LoraConfig) -> Any:
-        """Return peft's configuration for *lora*, as it is saved.
+        """Return peft's configuration for *lora*, in the form that is saved.
 
         Raises:
             EngineError: the model has no layers of the wanted kinds.
@@ -129,7 +130,7 @@ class AdapterPool:
         return chosen if self._adapts_tensors else Chosen(chosen.layers, [])
 
     def add(self, config: Any, seed: Optional[int] = None) -> Adapter:
-        """Add an adapter whose delta is zero; its A depends on *seed* only (random if None)."""
+        """Add an adapter whose delta is zero; its A depends only on *seed* (random if None)."""
         import peft
         from peft.tuners.lora import LoraLayer
 
@@ -142,11 +143,11 @@ class AdapterPool:
                     self._peft = peft.PeftModel(self._root, injected, adapter_name=key)
                 else:
                     self._peft.add_adapter(key, injected)
-        # No layer has the names, or they are no regular expression.
+        # No layer has these names, or the pattern is not a regular expression.
         except (ValueError, re.error) as error:
             raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
-        torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
-        # peft has wrapped layers that no earlier adapter was on.
+        torch.random.set_rng_state(random_state)  # peft's initialization has drawn from it
+        # peft has now wrapped the layers that no earlier adapter was on.
         self._layers = {
             name: module
             for name, module in self._model.named_modules()
@@ -154,8 +155,8 @@ class AdapterPool:
         }
         parameters = self._parameters_of(key)
         _initialize(parameters, seed)
-        self._peft.eval()  # new layers come in training mode
-        # peft activates what it adds.  Unknown, so that activate() does its work.
+        self._peft.eval()  # peft makes new layers in training mode
+        # peft has activated the new adapter.  Forget which one was active, so that activate() acts.
         self._active = None
         self.activate(None)
         layer = self._layers.get(self._output or "")
@@ -180,9 +181,9 @@ class AdapterPool:
         return found
 
     def activate(self, adapter: Optional[Adapter]) -> None:
-        """Let *adapter* alone shape the model's output, and train; None is the bare base."""
+        """Let only *adapter* affect the model's output and be trained; None means the bare base."""
         key = adapter.key if adapter is not None else ""
-        if key == self._active:  # hundreds of layers, before every slice of sampling
+        if key == self._active:  # don't visit hundreds of layers before each sampling slice
             return
         names = [key] if key else []
         for layer in self._layers.values():
@@ -204,7 +205,7 @@ def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) 
     else:
         generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     with torch.no_grad():
-        # Sorted, because the order of drawing decides the values.
+        # Sorted, because the order of drawing determines the values.
         for name, parameter in sorted(parameters.items()):
             if name.endswith("lora_B.weight"):
                 parameter.zero_()

@@ -1,8 +1,8 @@
 """Makes the models that need no model hub, as folders that transformers loads.
 
 SmolLM2 is converted from a GGUF file.  ``tiny-random`` is a two-layer Llama with fixed random
-weights and a byte-level tokenizer, for tests and dry runs: it loads in milliseconds, and every code
-path of a real model is in it.  Its text is nonsense.
+weights and a byte-level tokenizer, for tests and dry runs: it loads in milliseconds, and exercises
+every code path of a real model.  Its text is nonsense.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 CONTEXT_LENGTH = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-#: Of the weights of tiny-random; another one would change the model that users have cached.
+#: Seed of tiny-random's weights; another one would change the model that users have cached.
 _SEED = 20240917
 
 _CHAT_TEMPLATE = (
@@ -28,9 +28,9 @@ _CHAT_TEMPLATE = (
 
 
 def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
-    """Read *folder*/*gguf_file* by transformers' own reader, and write it into *target* as fp32.
+    """Read *folder*/*gguf_file* with transformers' own reader, and write it into *target* as fp32.
 
-    fp32 because that is what dequantizing gives; bfloat16 would round every weight once more.
+    Dequantizing gives fp32; bfloat16 would round every weight once more.
     """
     # gguf's progress bar cannot be switched off; it writes to sys.stderr.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -43,19 +43,19 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
         # Written by hand: save_pretrained refuses a model that came from a quantized file.
         save_file(_unique_tensors(model), str(target / "model.safetensors"), {"format": "pt"})
-        # As of a model that was never quantized, since the weights written here are float32.
+        # The configuration of a model that was never quantized, since the weights are now float32.
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         config["architectures"] = [type(model).__name__]
         clean = type(model.config).from_dict(config)
-        clean._name_or_path = ""  # the temporary folder, which it names otherwise
+        clean._name_or_path = ""  # else it names the temporary folder
         clean.save_pretrained(str(target))
         model.generation_config.save_pretrained(str(target))
         save_tokenizer(tokenizer, target)
 
 
 def _unique_tensors(model: Any) -> Dict[str, Any]:
-    """The state dict without tied duplicates, which safetensors refuses."""
+    """Return the state dict without tied duplicates, which safetensors refuses."""
     seen: Dict[int, str] = {}
     unique = {}
     for name, tensor in model.state_dict().items():
@@ -65,9 +65,9 @@ def _unique_tensors(model: Any) -> Dict[str, Any]:
 
 
 def write_tiny_random(folder: Path, *, tie_word_embeddings: bool = False) -> None:
-    """Write the model, the same at each call, and its tokenizer into *folder*.
+    """Write the model (the same weights at each call) and its tokenizer into *folder*.
 
-    Token ids 0..255 are the bytes themselves, 256.. the special tokens (end of text, start and
+    Token ids 0..255 are the bytes themselves, 256 and up the special tokens (end of text, start and
     end of a chat turn, padding).
     """
     with quiet():
@@ -87,10 +87,10 @@ def write_tiny_random(folder: Path, *, tie_word_embeddings: bool = False) -> Non
             pad_token_id=259,
         )
         model = LlamaForCausalLM(config).float()
-        # Wider than usual, so that its predictions are far from uniform, as a real model's are.
+        # Drawn wider than usual, so that predictions are as far from uniform as a real model's.
         generator = torch.Generator().manual_seed(_SEED)
         with torch.no_grad():
-            # By name: the order of creation may change between releases.
+            # In order of name: the order of creation may change between releases.
             for _, parameter in sorted(model.named_parameters()):
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.12, generator=generator)
@@ -120,9 +120,9 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _byte_letters() -> str:
-    """The letter that stands for each byte in byte-level BPE vocabularies (as GPT-2 has it).
+    """Return the letters that stand for bytes 0..255 in byte-level BPE vocabularies (GPT-2's).
 
-    Printable Latin-1 characters stand for themselves, the other 68 bytes for U+0100 and up.
+    Printable Latin-1 characters stand for themselves; the other 68 bytes get U+0100 and up.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters = []

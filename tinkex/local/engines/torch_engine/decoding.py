@@ -1,7 +1,7 @@
-"""Prompts in, one token per row and step out: prefill and decode with a KV cache.
+"""Prefill and decode with a KV cache: prompts in, one token per row and step out.
 
-Prefill runs prompts of like length together, padded on the right, where causal attention keeps
-padding out of every real position, so it needs no mask.  The keys and values are then copied into
+Prefill runs prompts of similar length together, padded on the right, where causal attention keeps
+padding out of every real position, so no mask is needed.  The keys and values are then copied into
 a decode cache whose rows all *end* in the same column (padding on the left), so that each step
 writes one column.  A prompt's n samples share its prefill.
 """
@@ -20,23 +20,23 @@ from tinkex.local.engines.torch_engine.network import Network, plan_passes
 
 Tokens = npt.NDArray[np.int32]
 
-#: Tokens of prompt (with padding) in one slice of prefill; also the longest piece of a prompt.
+#: Prompt tokens (with padding) in one slice of prefill; also the longest piece of a prompt.
 PREFILL_TOKENS = 1024
 
-# Columns a decode cache has to spare when it is made or grown.
+# Spare columns of a decode cache when it is made or grown.
 _SPARE_COLUMNS = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrefillPiece:
-    """A piece of some prompts, just computed.
+    """One piece of each prompt in a group, just computed.
 
     Attributes:
         prompts: indices of the prompts, one per row.
         start: position of the first column; column c is position start + c.
         features: the network's features, shape (rows, columns, d); padding is garbage.
         cache: keys and values of these prompts so far.
-        is_last: all prompts are computed.
+        is_last: whether all prompts are now computed.
     """
 
     prompts: List[int]
@@ -46,7 +46,7 @@ class PrefillPiece:
     is_last: bool
 
     def end_of(self, row: int, prompt_length: int) -> Optional[torch.Tensor]:
-        """Return the features (d,) of the prompt's last token, if it is in this piece."""
+        """Return the features (d,) of the prompt's last token; None if it is not in this piece."""
         column = prompt_length - 1 - self.start
         if not 0 <= column < self.features.shape[1]:
             return None
@@ -63,11 +63,11 @@ def prefill(
 ) -> Iterator[PrefillPiece]:
     """Run *prompts* through the network, piece by piece; pieces of a group share one cache.
 
-    The prompts are computed as the beginnings of sequences with *more_tokens* more.  The caller
-    drops each piece before it asks for the next one, so that one is in memory at a time.
+    Each prompt is computed as the start of a sequence that has *more_tokens* more.  The caller must
+    drop each piece before it asks for the next, so that only one is in memory at a time.
     """
-    # No mask is passed: padding is on the right, where causal attention keeps it out of every real
-    # position, and the fast attention kernels take no mask.  Its own features are never read.
+    # No mask is passed, since the fast attention kernels take none: padding is on the right, where
+    # causal attention keeps it out of every real position.  The features of padding are never read.
     groups = plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS)
     for number, group in enumerate(groups, 1):
         lengths = [prompts[index].size + more_tokens for index in group]
@@ -76,14 +76,15 @@ def prefill(
         for row, index in enumerate(group):
             padded[row, : prompts[index].size] = prompts[index]
         tokens = torch.from_numpy(padded).to(network.device)
-        # Without the model's configuration, which would make layers of sliding windows keep only
-        # their last keys: rows of the decode cache need all of them.  The model's masks cut the
+        # Made without the model's configuration, which would make sliding-window layers keep only
+        # their last keys: rows of the decode cache need all of them.  The model's masks apply the
         # windows.
         cache = DynamicCache()
         for start in range(0, longest, piece_tokens):
             piece = tokens[:, start : start + piece_tokens]
             positions = torch.arange(start, start + piece.shape[1], device=network.device)
-            # Without a name for the features, which would keep them while the next are computed.
+            # The features get no name here: a name would keep them alive while the next are
+            # computed.
             yield PrefillPiece(
                 group,
                 start,
@@ -99,7 +100,7 @@ def prefill(
 
 
 class Source(NamedTuple):
-    """Where the keys and values of a row come from: a row of *cache*, which begins with them."""
+    """Where a row's keys and values come from: the first *length* columns of *row* in *cache*."""
 
     cache: Any
     row: int
@@ -111,7 +112,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
         super().__init__()
-        # What transformers' own update sets with the first keys, and reads.
+        # transformers' own update() sets these with the first keys, and other code reads them.
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._keys, self._values, self._filled = keys, values, filled
@@ -137,7 +138,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
         return self._filled
 
     def put(self, row: int, first_column: int, layer: Any, source: int) -> None:
-        """Replace the keys and values of *row* by those of *layer* in its row *source*."""
+        """Replace the keys and values of *row* with those in row *source* of *layer*."""
         length = self._filled - first_column
         self.keys[row, :, first_column:] = layer.keys[source, :, :length]
         self.values[row, :, first_column:] = layer.values[source, :, :length]
@@ -145,8 +146,8 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
 
 def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
     rows, heads, old, size = buffer.shape
-    # By half, so that copying costs a constant per step.  Not zeroed: a column is written before it
-    # is shown.
+    # Grow by half, so that copying costs a constant per step on average.  Not zeroed: a column is
+    # written before it is shown.
     wide = buffer.new_empty((rows, heads, columns + columns // 2 + _SPARE_COLUMNS, size))
     wide[:, :, :old] = buffer
     return wide
@@ -155,29 +156,29 @@ def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 class DecodeBatch:
     """Rows that are continued one token at a time.
 
-    A row that has ended is computed on until it is taken out, even beyond *context_length*; its
-    logits mean nothing then.
+    A row that has ended is still computed until it is taken out, even beyond *context_length*; its
+    logits are then meaningless.
     """
 
     def __init__(self, network: Network, context_length: int) -> None:
         self._network = network
         self._context_length = context_length
         self._filled = 0
-        # First real column of each row; what is left of it is padding.
+        # The first real column of each row; columns to its left are padding.
         self._starts: List[int] = []
         self._cache = Cache(layers=[])
 
     def regroup(self, kept: Sequence[int], added: Sequence[Source]) -> None:
-        """Keep the rows *kept*, in this order, and put a row for each of *added* behind them.
+        """Keep the rows *kept*, in this order, and append a row for each of *added*.
 
-        This copies the cache, without the columns that only dropped rows have used.
+        This copies the cache, without the columns that only dropped rows used.
         """
         lengths = [self._filled - self._starts[row] for row in kept]
         width = max([*lengths, *(source.length for source in added)], default=0)
-        if not kept:  # a new batch: as many layers as the model has, which only a cache knows
+        if not kept:  # a new batch: only a prefill's cache knows the number of layers
             layers = added[0].cache.layers if added else []
             self._cache = Cache(layers=[DynamicLayer() for _ in layers])
-        # Layer by layer, so that old and new copies of one layer only are in memory together.
+        # Layer by layer, so that only one layer at a time is in memory twice.
         for place in range(len(self._cache.layers)):
             self._cache.layers[place] = self._copied(kept, added, place, width)
         self._filled = width
@@ -187,9 +188,9 @@ class DecodeBatch:
     def _copied(
         self, kept: Sequence[int], added: Sequence[Source], place: int, width: int
     ) -> DynamicLayer:
-        """Return one layer of the cache for these rows."""
+        """Return layer *place* of the cache for these rows, *width* columns wide."""
         own = self._cache.layers[place] if kept else added[0].cache.layers[place]
-        if own.keys is None:  # no attention, or the keys of an earlier layer, as in Gemma 4
+        if own.keys is None:  # no attention, or it uses an earlier layer's keys (Gemma 4)
             return DynamicLayer()
         chosen = torch.tensor(kept, dtype=torch.long, device=self._network.device)
         halves = []
@@ -197,7 +198,7 @@ class DecodeBatch:
             some = getattr(own, name)
             # Keys and values may differ in size (DeepSeek V3).
             shape = (len(kept) + len(added), some.shape[1], width + _SPARE_COLUMNS, some.shape[3])
-            # Zeros, because what is masked out is still multiplied by zero, and 0 * NaN is NaN.
+            # Zeroed, because masked-out values are still multiplied by zero, and 0 * NaN is NaN.
             buffer = some.new_zeros(shape)
             if kept:
                 columns = min(width, self._filled)
@@ -209,14 +210,14 @@ class DecodeBatch:
         return _Columns(halves[0], halves[1], width)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self._starts)
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append one token to each row; return float32 logits (rows, vocabulary) of the next."""
+        """Append one token to each row; return float32 logits (rows, vocabulary) for the next."""
         device = self._network.device
-        # Cut off, because rows that ended may lie beyond the positions that the model knows, where
-        # those with a table (GPT-2) would fail for the entire batch.
+        # Capped, because rows that have ended may run past the last position that the model knows,
+        # and a model with a table of positions (GPT-2) would then fail for the entire batch.
         lengths = [min(self._filled - start + 1, self._context_length) for start in self._starts]
         # A mask only if there is padding: attention kernels are faster without.
         mask: Optional[torch.Tensor] = None
@@ -229,17 +230,17 @@ class DecodeBatch:
             lengths=lengths,
             cache=self._cache,
             attention_mask=mask,
-            # Of each row's own sequence: its first real token has position 0.
+            # Positions in each row's own sequence, whose first real token has position 0.
             positions=torch.tensor(lengths, device=device)[:, None] - 1,
         )
         self._filled += 1
         return self._network.logits(features[:, -1])
 
     def outdated(self) -> List[int]:
-        """Return the rows whose keys do not fit their length after the next step.
+        """Return the rows whose cached keys will not fit their length after the next step.
 
-        Keys are cached with their rotation.  Where the frequencies depend on the length, a row that
-        crosses a threshold is computed again, and handed to `replace`, before the step.
+        Keys are cached with their rotation.  If rotary frequencies depend on the length, a row that
+        crosses a threshold must be recomputed and handed to `replace` before the step.
         """
         thresholds = self._network.rope.thresholds
         return [
@@ -247,7 +248,7 @@ class DecodeBatch:
         ]
 
     def replace(self, row: int, cache: Any, source: int) -> None:
-        """Take the keys and values of *row* from row *source* of *cache*, a prefill's."""
+        """Replace the keys and values of *row* with those in row *source* of a prefill *cache*."""
         for own, other in zip(self._cache.layers, cache.layers):
             if isinstance(own, _Columns):
                 own.put(row, self._starts[row], other, source)

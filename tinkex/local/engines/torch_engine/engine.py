@@ -1,7 +1,7 @@
-"""TorchEngine: the embedded server's engine of torch, transformers and peft.
+"""TorchEngine: the embedded server's engine, built on torch, transformers and peft.
 
-Owned by the server's scheduler, which calls it from one thread; it starts none of its own
-(torch's own pool computes).
+Owned by the server's scheduler, which calls it from one thread; it starts no thread of its own
+(torch's pool does the computing).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _CONTEXT_IF_UNKNOWN = 2048
 
 @dataclasses.dataclass(eq=False)
 class _Run:
-    """One training run: its adapter, and the optimizer of it."""
+    """One training run: its adapter, and the adapter's optimizer."""
 
     lora: LoraConfig
     adapter: Adapter
@@ -69,8 +69,8 @@ class TorchEngine:
 
     `Engine` describes the methods; their docstrings here say what is particular to this engine.
 
-    Gradients: ``forward_backward`` adds to what is accumulated, ``optim_step`` uses it up;
-    ``load`` drops it, ``save`` does not store it.  A pass that fails leaves it as it was.
+    Gradients: ``forward_backward`` adds to the accumulated gradient, ``optim_step`` uses it up,
+    ``load`` drops it, and ``save`` does not store it.  A pass that fails leaves it unchanged.
 
     Numbers: adapters, gradients, optimizer, logits and losses are float32; the base is float32
     on the CPU and bfloat16 on a GPU unless *dtype* is given.
@@ -99,25 +99,25 @@ class TorchEngine:
     ) -> TorchEngine:
         """Load *model* (``smollm2-135m``, ``tiny-random``, a folder, a Hugging Face name).
 
-        *device* is ``auto`` (a GPU if there is one), ``cpu``, ``cuda``...; *dtype* is of the
+        *device* is ``auto`` (a GPU if there is one), ``cpu``, ``cuda``...; *dtype* applies to the
         base's weights.  *progress* gets one line before each slow step.  Blocks: about 5 s for
         smollm2-135m once it is cached.
 
         Raises:
-            LocalServerError: the model cannot be loaded, or not be moved to the device.
+            LocalServerError: the model cannot be loaded, or cannot be moved to the device.
         """
         started = time.monotonic()
         resolved = models.resolve(model, cache_dir=cache_dir, progress=progress)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
-            # Many CPUs have no arithmetic in bfloat16.
+            # Many CPUs have no bfloat16 arithmetic.
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         network, tokenizer = load_network(resolved.source, device, dtype, model)
-        # The folder is a name, too: programs that load the tokenizer by the name of the model, as
-        # those of the official client do, need no model hub then.
+        # The folder is an alias, too: with it, programs that load the tokenizer by the model's
+        # name, as those of the official client do, need no model hub.
         folder = (resolved.source,) if resolved.source != resolved.name else ()
         info = EngineInfo(
             model_name=resolved.name,
@@ -142,7 +142,7 @@ class TorchEngine:
     # --- training runs -------------------------------------------------------------------------
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        # From any thread, also while another one closes the engine.
+        # Called from any thread, even while another one closes the engine.
         pool: Optional[AdapterPool] = self.__dict__.get("_pool")
         return {} if pool is None else pool.adapted(lora).counts()
 
@@ -174,8 +174,8 @@ class TorchEngine:
         config = check_loss(loss_fn, loss_fn_config)
         rows = check_batch(data, loss_fn, config, self._info)
         self._pool.activate(run.adapter)
-        # Set aside, so that a pass that fails half way leaves it as it was, and so that what is
-        # checked below is the gradient of this pass.
+        # Set the accumulated gradient aside, so that a pass that fails halfway leaves it unchanged,
+        # and so that the check below sees the gradient of this pass alone.
         before = [(p, p.grad) for p in run.adapter.parameters.values()]
         for parameter, _ in before:
             parameter.grad = None
@@ -199,7 +199,7 @@ class TorchEngine:
         return ForwardBackwardOutput(outputs, metrics, "ArrayRecord")
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
-        """See `Engine`, `Adam.step`.  Without a gradient it is a step with a gradient of zero."""
+        """See `Engine` and `Adam.step`.  A missing gradient counts as zero."""
         run = self._run(model_id)
         check_values(params)
         return run.optimizer.step(params)
@@ -227,10 +227,10 @@ class TorchEngine:
         adapter_files.write_adapter(run.adapter, run.lora, folder, for_export=True)
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """See `Engine`.  Rank, alpha and adapted layers must be the same.
+        """See `Engine`.  Rank, alpha and adapted layers must match.
 
-        A checkpoint of the same configuration that adapts other layers, as an earlier version of
-        tinkex or of a library below it chose them, is taken as it is.
+        A checkpoint with the same configuration but other layers, as chosen by an earlier version
+        of tinkex or of one of its libraries, is loaded as it is.
         """
         run = self._run(model_id)
         adapter = run.adapter
@@ -248,13 +248,13 @@ class TorchEngine:
 
     def _load(self, run: _Run, adapter: Adapter, folder: Path, *, with_optimizer: bool) -> None:
         """Fill *adapter* and the optimizer of *run* from *folder*; nothing changes if it fails."""
-        # All is read and checked before the first value is changed.
+        # Read and check everything before changing the first value.
         weights = adapter_files.read_into(adapter, folder)
         optimizer = Adam(adapter.parameters)
         if with_optimizer:
             if not (folder / OPTIMIZER_FILE).is_file():
                 raise EngineError(
-                    f"{folder} was saved without optimizer state; load it without (load_state)"
+                    f"{folder} was saved without optimizer state; use load_state, which needs none"
                 )
             state = json.loads((folder / OPTIMIZER_FILE).read_text())
             tensors = adapter_files.read_tensors(folder, OPTIMIZER_WEIGHTS, optimizer.tensors())
@@ -283,7 +283,7 @@ class TorchEngine:
                 raise
             adapter_files.assign(adapter.parameters, weights)
             for parameter in adapter.parameters.values():
-                parameter.requires_grad_(False)  # frozen: no pass keeps a graph for it
+                parameter.requires_grad_(False)  # frozen, so that no pass keeps a graph for it
         self._samplers[sampler_id] = adapter
 
     def unload_sampler(self, sampler_id: str) -> None:
@@ -303,7 +303,7 @@ class TorchEngine:
         adapter = self._samplers[sampler_id]
         run = SampleRun(self._network, self._vocabulary, self._info, requests)
         while not run.done:
-            # Between slices it may be unloaded, and its name used for another.
+            # Between slices the sampler may be unloaded, and its id reused for another.
             if sampler_id not in self._samplers or self._samplers[sampler_id] is not adapter:
                 yield run.abandon(
                     EngineError(f"sampler {sampler_id} was unloaded while it was sampling")
@@ -311,19 +311,20 @@ class TorchEngine:
                 return
             self._pool.activate(adapter)  # other work may have run since the last slice
             run.drop(dropped)
-            # Left before each yield: the mode belongs to the thread, not to this generator.
+            # Leave inference mode before each yield: it belongs to the thread, not to this
+            # generator.
             with torch.inference_mode():
                 finished = run.advance()
             yield finished
 
     def interrupt(self) -> None:
-        """See `Engine`.  The call in progress fails within a layer's work."""
+        """See `Engine`.  The call in progress fails after at most one more layer."""
         self._interruption.requested = True
 
     def close(self) -> None:
         self._runs.clear()
         self._samplers.clear()
-        # The attributes go, rather than become None, which every method would have to check.
+        # Delete the attributes: if they became None, every method would have to check for that.
         for name in ("_network", "_pool"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
@@ -333,7 +334,7 @@ class TorchEngine:
 def _context_length(config: Any, tokenizer: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
-        # BLOOM's positions have no end.  Tokenizers without a limit report 1e30.
+        # BLOOM's positions have no limit.  Tokenizers without a limit report 1e30.
         length = min(tokenizer.model_max_length, _CONTEXT_IF_UNKNOWN)
     return int(length)
 

@@ -1,8 +1,9 @@
-"""Loads a model and its tokenizer, and refuses what this engine would compute wrongly.
+"""Loads a model and its tokenizer, and refuses models that this engine would compute wrongly.
 
 Architectures differ in what they cache, in how they count positions and in what they do with
-padding.  Two rows of different lengths, prefilled in two pieces and continued by one token, show
-in a fraction of a second what would otherwise make every sample fail or, worse, be wrong.
+padding.  A trial run (two rows of different lengths, prefilled in pieces and continued by one
+token) shows in a fraction of a second what would otherwise make every sample fail or, worse, be
+wrong.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from tinkex.local.engines.torch_engine.decoding import DecodeBatch, Source, pref
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.pretrained import quiet
 
-# The remedy where the engine does not support the kind of model.
+# The remedy if the engine does not support this kind of model.
 _OTHER_MODEL = (
     "Use a causal language model with attention layers only and no code of its own, such as Llama, "
     "Qwen3 or Gemma."
 )
 
-# Tokens of the two rows.  The second row is the beginning of the first.
+# Lengths, in tokens, of the trial's two rows.  The second row is the beginning of the first.
 _LENGTHS = (5, 3)
 _PIECE = 2
 
-# Largest relative error of a token's logits that passes for rounding.  In half precision rounding
-# amounts to some percent (more where it changes an expert); a wrong computation is off by about
-# the size of the logits.
+# The largest relative error of a token's logits that counts as rounding.  In half precision,
+# rounding amounts to a few percent (more if it changes the choice of an expert); a wrong
+# computation is off by about the size of the logits.
 _TOLERANCE = 0.01
 _TOLERANCE_HALF = 0.3
 
@@ -45,8 +46,8 @@ def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Netwo
     Returns the network, frozen and in evaluation mode, and the tokenizer.
 
     Raises:
-        LocalServerError: the model cannot be loaded, is no causal language model, or is one whose
-            results with this engine would differ from transformers' own.
+        LocalServerError: the model cannot be loaded, is not a causal language model, or would give
+            other results with this engine than with transformers itself.
     """
     with quiet():
         model, tokenizer = load_pretrained(source, what, dtype=dtype)
@@ -65,18 +66,18 @@ def load_pretrained(
 ) -> Tuple[Any, Any]:
     """Return model and tokenizer of *source*, a folder or a Hugging Face name.
 
-    *what* is what the user calls it.  Without *weights*, only the configuration is read: the model
-    has its modules and names, but no data.
+    *what* is the user's name for it, for messages.  Without *weights*, only the configuration is
+    read: the model has its modules and names, but no data.
 
     Raises:
-        LocalServerError: it cannot be loaded, or is no causal language model.
+        LocalServerError: the model cannot be loaded, or is not a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     part = "model"
     try:
-        # No code from the folder is run.  Without the argument, transformers asks for permission on
-        # the terminal and waits, in an overnight job, too.
+        # Never run code from the folder.  Without this argument, transformers would ask for
+        # permission on the terminal and wait, even in an overnight job.
         if weights:
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=False
@@ -87,7 +88,7 @@ def load_pretrained(
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         part = "tokenizer of"
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged file can lead to any of them
+    except Exception as error:  # a damaged file can raise anything
         raise LocalServerError(
             f"cannot load the {part} {what}: {_first_lines(error)}",
             hint=_hint(source, part, what, error),
@@ -95,7 +96,7 @@ def load_pretrained(
 
 
 def _hint(source: str, part: str, what: str, error: Exception) -> str:
-    """Return what to do about *error*, met while *part* was loaded."""
+    """Return what to do about *error*, which occurred while *part* was being loaded."""
     text = str(error)
     if "does not recognize this architecture" in text:
         return "If the model is newer than this transformers: python -m pip install -U transformers"
@@ -104,7 +105,7 @@ def _hint(source: str, part: str, what: str, error: Exception) -> str:
     if not Path(source).is_dir():
         return models.hint_for(what)
     if isinstance(error, ImportError):
-        return "Install what is missing, then start again."
+        return "Install the missing package, then start again."
     if part != "model":
         return "Save the tokenizer into the same folder: tokenizer.save_pretrained(folder)."
     return (
@@ -119,10 +120,12 @@ def _first_lines(error: BaseException) -> str:
 
 
 def checked_network(model: Any, what: str) -> Network:
-    """Return *model*, called *what*, as a Network that computes what its own forward does.
+    """Return *model* as a Network, after checking that it computes what the model's forward does.
+
+    *what* is the user's name for the model, for messages.
 
     Raises:
-        LocalServerError: it would compute something else, or cannot be run.
+        LocalServerError: the Network would compute something else, or cannot be run.
     """
     try:
         with torch.no_grad():
@@ -139,7 +142,7 @@ def checked_network(model: Any, what: str) -> Network:
 
 
 def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
-    # The cause, where it is known, rather than *reason*, which is only how it showed.
+    # Give the cause, if it is known, rather than *reason*, which is only the symptom.
     if getattr(model, "_is_stateful", False):
         reason = "it keeps a recurrent state, which this engine does not support"
     else:
@@ -156,7 +159,7 @@ def _special_caches(config: Any) -> List[str]:
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     try:
         layers = DynamicCache(config=config).layers
-    except Exception:  # nothing to add to a reason that is known already
+    except Exception:  # the caller's own reason will do
         return []
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in plain})
 
@@ -164,11 +167,11 @@ def _special_caches(config: Any) -> List[str]:
 def _find_difference(network: Network) -> Optional[str]:
     """Return how *network* differs from its model's own forward pass; None if it does not.
 
-    Exceptions of the model's code pass through.
+    Exceptions from the model's code propagate.
     """
     tokens = (torch.arange(_LENGTHS[0]) * 37 + 11) % network.vocab_size
     rows = torch.stack([tokens, tokens])
-    rows[1, _LENGTHS[1] :] = 0  # padding, where a causal model does not look
+    rows[1, _LENGTHS[1] :] = 0  # padding, which a causal model does not see
     expected = network.model(input_ids=rows.to(network.device), use_cache=False).logits
     half = expected.dtype in (torch.float16, torch.bfloat16)
     tolerance = _TOLERANCE_HALF if half else _TOLERANCE
@@ -199,7 +202,7 @@ def _find_difference(network: Network) -> Optional[str]:
 
 
 def _odd_layer(cache: Any, length: int) -> Optional[str]:
-    """Return what *cache* holds besides one key and one value per head and token."""
+    """Return what *cache* has besides, or instead of, one key and one value per head and token."""
     filled = [layer for layer in cache.layers if layer.keys is not None]
     if not filled:
         return "it keeps no keys and values of earlier tokens"
@@ -223,5 +226,5 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     )
     size = expected.norm(dim=-1).clamp(min=1e-6)
     error = ((found - expected).norm(dim=-1) / size).max()
-    # NaN is larger than no tolerance, and would pass.
+    # NaN is never greater than a tolerance, so it would pass.
     return float("inf") if error.isnan() else float(error)

@@ -18,7 +18,7 @@ from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, LOSSES
 Inputs = Mapping[str, torch.Tensor]
 Config = Mapping[str, float]
 
-#: Among the inputs of a loss that reads the ratio of the sequence: log s of the token's sequence.
+#: A further input of losses that read the ratio of the sequence: log s of the token's sequence.
 SEQUENCE_LOG_RATIO = "sequence_log_ratio"
 
 # The largest exponent whose exponential float32 can hold.
@@ -28,7 +28,7 @@ _LARGEST_EXPONENT = 88.0
 def _ratio(exponent: torch.Tensor, bounded: torch.Tensor) -> torch.Tensor:
     """Return exp(exponent), kept finite where *bounded*.
 
-    A ratio that a factor of 0 or a clip takes out of the loss has a gradient of 0, but backward
+    If a factor of 0 or a clip removes a ratio from the loss, its gradient is 0, but backward
     computes it as 0 times the ratio, which is NaN if the ratio is infinite.
     """
     return torch.exp(torch.where(bounded, exponent.clamp(max=_LARGEST_EXPONENT), exponent))
@@ -51,20 +51,20 @@ def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
 
 
 # Group Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token: the same
-# surrogate of the ratio of the sequence, s = exp(sum(m * (lp - q)) / sum(m)) with m the
-# sequence_ratio_mask.  If all tokens have the same advantage, the gradient is that of the sequence
-# form times the number of tokens.
+# surrogate with the ratio of the sequence in place of the token's, s = exp(sum(m * (lp - q)) /
+# sum(m)), where m is the sequence_ratio_mask.  If all tokens have the same advantage, the gradient
+# is that of the sequence form times the number of tokens.
 def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    # log s is a constant here.  lp - lp.detach() is 0 with the gradient of lp, so that the ratio is
-    # s and its gradient by lp is s (GSPO-token: sg[s] * pi / sg[pi]).
+    # log s is a constant here.  lp - lp.detach() is 0 but has the gradient of lp, so the ratio is s
+    # and its gradient with respect to lp is s (GSPO-token: sg[s] * pi / sg[pi]).
     return _clipped(inputs[SEQUENCE_LOG_RATIO] + (lp - lp.detach()), inputs)
 
 
 def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Return the clipped surrogate of the ratio exp(exponent)."""
     advantages = inputs["advantages"]
-    # With a negative advantage the minimum is the unclipped term, however large: there an infinite
-    # loss is right, and the engine refuses the batch.  Otherwise the clip bounds it.
+    # If the advantage is negative, the minimum is the unclipped term, however large: an infinite
+    # loss is then right, and the engine refuses the batch.  Otherwise the clip bounds the loss.
     ratio = _ratio(exponent, advantages >= 0)
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -72,8 +72,8 @@ def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 
 # MiniMax-M1's (arXiv 2506.13585, eq. 4): -stopgrad(clip(r)) * A * lp.
 def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    # Detached: the clipped ratio is a weight of the policy gradient, whose gradient flows through
-    # lp alone.  An infinite ratio needs no bound, since nothing is carried back through it.
+    # Detached: the clipped ratio only weights the policy gradient, which flows through lp alone.
+    # An infinite ratio needs no bound, since no gradient flows through it.
     ratio = torch.exp(lp.detach() - inputs["logprobs"])
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -clipped * inputs["advantages"] * lp
@@ -104,9 +104,9 @@ def token_losses(loss_fn: str, lp: torch.Tensor, inputs: Inputs, config: Config)
 
 
 class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
-    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient.
+    """log_softmax and gather in one, with a single logits-sized buffer that becomes the gradient.
 
-    With torch's own two it would be three: the output of the first, and a gradient for each.
+    torch's own two functions would need three: the output of the first, and a gradient for each.
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch i
         # In place: log_softmax becomes softmax, then the gradient.
         (grad,) = grads
         gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
-        # Added, because the k targets of a row may name one token twice.
+        # Added, not assigned, because the k targets of a row may name one token twice.
         gradient.scatter_add_(-1, ctx.targets, grad)
         ctx.logprobs = ctx.targets = None
         return gradient, None
@@ -133,7 +133,7 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     Differentiable once: the backward pass uses up the buffer it keeps.
     """
     if not torch.is_grad_enabled():
-        # Without a buffer of normalized logits.
+        # This way needs no buffer of normalized logits.
         return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
     result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
     return result

@@ -1,4 +1,4 @@
-"""The causal language model as two halves: tokens -> features, and features -> logits.
+"""A causal language model in two halves: tokens -> features, and features -> logits.
 
 Logits are by far the largest tensor of a pass (49,152 floats per token for SmolLM2), so callers
 ask for them in chunks, and only where they need them.
@@ -17,36 +17,37 @@ from tinkex.local.engines.torch_engine.rope import RopeLengths
 #: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
 LOGITS_ROWS = 256
 
-#: Tokens (with padding) of one pass: bounds the activations kept for the way back (SmolLM2: about
-#: 2 MB per token).
+#: Tokens (with padding) of one pass: bounds the activations kept for the backward pass (SmolLM2:
+#: about 2 MB per token).
 TOKENS_PER_PASS = 2048
 
-# A row shorter than this share of the longest one begins another pass, which saves padding; not
-# while the pass is below this many tokens, as a tiny pass costs more in calls than padding does.
+# A row shorter than _LIKE_LENGTH times a pass's longest row begins another pass, to save padding;
+# but not before the pass has _WORTH_A_PASS tokens, as a tiny pass costs more in calls than padding
+# does.
 _LIKE_LENGTH = 0.8
 _WORTH_A_PASS = 512
 
 
 class Interruption:
-    """Stops a computation from another thread: each layer checks it, in the backward pass too.
+    """Lets another thread stop a computation: each layer checks it, in the backward pass too.
 
-    At exit, Python unwinds daemon threads, and torch's C++ then calls abort().  So a pass, which
-    may take minutes, must end first, and between its layers is where it can.
+    At exit, Python unwinds daemon threads, and torch's C++ code then calls abort().  So a pass,
+    which may take minutes, must end before that, and it can end between two layers.
     """
 
     def __init__(self) -> None:
-        # Written by any thread, once, and read by the engine's.  No lock: a bool is assigned
-        # atomically, and a check that misses it is followed by the next layer's.
+        # Set once, by any thread, and read by the engine's thread.  No lock: assigning a bool is
+        # atomic, and if one layer's check misses it, the next one's will not.
         self.requested = False
 
     def check(self) -> None:
-        """Raise EngineError once it is requested."""
+        """Raise EngineError if an interruption was requested."""
         if self.requested:
-            raise EngineError("the engine was interrupted, since the server is closing", "server")
+            raise EngineError("the engine was interrupted, because the server is closing", "server")
 
     def watch(self, model: Any) -> None:
-        """Check after each layer of *model*, and when a gradient comes back to it."""
-        # Decoders keep their layers in a ModuleList, and the work of one is short enough to wait
+        """Check after each layer of *model*, and when a gradient comes back to the layer."""
+        # Decoders keep their layers in a ModuleList, and one layer's work is short enough to wait
         # for.
         for module in model.modules():
             if isinstance(module, torch.nn.ModuleList):
@@ -62,11 +63,11 @@ class Interruption:
 
 
 class Network:
-    """A transformers model, split where its decoder ends.
+    """A transformers model, split after its decoder.
 
-    What follows the decoder is the output layer, and in some architectures something more (soft
-    capping in Gemma 2, scaling in Cohere).  A model that cannot be split has its logits for
-    "features": everything works, with more memory.
+    After the decoder comes the output layer, and in some architectures something more (soft capping
+    in Gemma 2, scaling in Cohere).  If a model cannot be split, its "features" are its logits:
+    everything works, but takes more memory.
     """
 
     def __init__(self, model: Any) -> None:
@@ -76,7 +77,7 @@ class Network:
         self.device: torch.device = next(model.parameters()).device
         self.interruption = Interruption()
         self.interruption.watch(model)
-        # 2, the shortest length that is tried, where positions have no table, as BLOOM's.
+        # If positions have no table (BLOOM), 2: the shortest length that RopeLengths tries.
         self.rope = RopeLengths(model, getattr(text_config, "max_position_embeddings", None) or 2)
         self._decoder = _decoder_of(model)
         self._output_type: Any = None
@@ -94,7 +95,7 @@ class Network:
         return self._head is not None
 
     def _find_head(self) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
-        """Return what turns the decoder's output into logits, found by trying; None if nothing."""
+        """Return the function that turns the decoder's output into logits, if trying finds one."""
         if self._decoder is self.model:
             return None
         probe = torch.tensor([[0, 1, 2]], device=self.device)
@@ -104,8 +105,8 @@ class Network:
             return None
         self._output_type = type(output)
         expected = self.model(input_ids=probe, use_cache=False).logits
-        # The output layer comes first: where it is all there is, calling it is cheaper than to run
-        # the model's forward around it.  Compared bit for bit, because the right one runs the same
+        # The output layer comes first: if it is all there is, calling it is cheaper than running
+        # the model's forward around it.  Compared bit for bit, because the right head runs the same
         # operations on the same numbers.
         heads = [self._after_decoder]
         if self.model.get_output_embeddings() is not None:
@@ -121,12 +122,12 @@ class Network:
         return logits
 
     def _after_decoder(self, features: torch.Tensor) -> torch.Tensor:
-        """Run the model's own code with *features* in place of what its decoder computes."""
+        """Run the model's own code with *features* in place of its decoder's output."""
         # Models take (b, t, d): whatever the leading shape, its tokens become one row.
         rows = features.reshape(1, -1, features.shape[-1])
         output = self._output_type(last_hidden_state=rows)
-        # Only their shape matters: the decoder that would read them is replaced for this call,
-        # which no other thread can see, since an engine has one.
+        # Only the tokens' shape matters: the decoder that would read them is replaced during this
+        # call.  No other thread can see that, since an engine runs on one thread.
         tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
         own_forward = self._decoder.forward
         self._decoder.forward = lambda *args, **kwargs: output
@@ -147,10 +148,9 @@ class Network:
     ) -> torch.Tensor:
         """Run int64 *tokens* of shape (b, t); return (b, t, d).
 
-        *lengths* are those of the b sequences that the rows are pieces of, without padding.
+        *lengths* are the full lengths, without padding, of the b sequences that the rows belong to.
         *cache* is a transformers ``Cache``, which this call reads and extends.  *positions*, of
-        shape (b, t), are 0 to t - 1 by default; they are dropped where the architecture takes
-        none.
+        shape (b, t), are 0 to t - 1 by default; they are ignored if the architecture takes none.
         """
         arguments: Dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
@@ -172,22 +172,22 @@ class Network:
         self.interruption.check()
         if self._head is not None:
             features = self._head(features)
-        # From bfloat16, too: log-probabilities near 0 and sums of exponentials over the vocabulary
-        # need more than its 8 bits.
+        # Even for a bfloat16 model: log-probabilities near 0 and sums of exponentials over the
+        # vocabulary need more than its 8 bits.
         return features.float()
 
 
 def _decoder_of(model: Any) -> Any:
     """Return the part of *model* before its output layer; *model* itself if there is none."""
-    # base_model is the model itself where an architecture names its decoder otherwise.
+    # base_model is the model itself if its decoder is not stored under base_model_prefix.
     candidates = [model.base_model, getattr(model, "model", None)]
     return next((part for part in candidates if part is not None and part is not model), model)
 
 
 def _parameters(*modules: Any) -> Set[str]:
-    """Return the names that the first module's forward takes.
+    """Return the names of the arguments that the first module's forward takes.
 
-    Where it takes any name and passes it on, those that the next module's takes count as well.
+    If it takes and passes on any others (``**kwargs``), the next module's count as well.
     """
     names: Set[str] = set()
     for module in modules:
@@ -201,10 +201,10 @@ def _parameters(*modules: Any) -> Set[str]:
 def plan_passes(lengths: Sequence[int], budget: int = TOKENS_PER_PASS) -> List[List[int]]:
     """Group the indices of *lengths* into passes, longest first.
 
-    A pass holds rows of like length, and at most *budget* tokens with padding (a single longer
-    row has a pass for itself).  The plan depends on the lengths only.
+    A pass holds rows of similar length, and at most *budget* tokens with padding (a row longer than
+    that has a pass to itself).  The plan depends only on the lengths.
     """
-    # Longest first, so that the first row of a pass is its width.
+    # Longest first, so that the first row of a pass gives its width.
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     passes: List[List[int]] = []
     current: List[int] = []

@@ -1,10 +1,10 @@
-"""Adapters on the output layer: its name, and weights that it shares with the embedding.
+"""Adapters on the output layer: the layer's name, and weights it shares with the embedding.
 
-An adapter on an output layer that is tied to the embedding changes the logits and not the
-embedding.  Merging it into the shared weights would change both, so that they have to be separated
-first.  PEFT's ``ensure_weight_tying`` does not help: it means an adapter that was trained on both
-(PEFT 0.19 and later then add this one to the embedding even without merging; earlier releases
-ignore it).
+An adapter on an output layer that is tied to the embedding changes the logits but not the
+embedding.  Merging it into the shared weights would change both, so they have to be separated
+first.  PEFT's ``ensure_weight_tying`` does not help: it is for an adapter that was trained on both
+(with it, PEFT 0.19 and later add this adapter to the embedding even without merging; earlier
+releases ignore it).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 NOTE_FILE = "MERGING.md"
 
-#: What PEFT puts before the names of a model's layers, in files of weights.
+#: What PEFT puts before the names of a model's layers in weight files.
 PREFIX = "base_model.model."
 
-#: What the weights of an adapter on the output layer are called in an export of the hosted service.
+#: What the names of output-layer weights begin with in the hosted service's exports.
 EXPORTED_OUTPUT = f"{PREFIX}model.unembed_tokens."
 
 
@@ -34,7 +34,7 @@ def is_tied(model: Any) -> bool:
     """Return whether the output layer of *model* shares its weights with the embedding."""
     try:
         output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    except NotImplementedError:  # transformers does not know them in this model, and ties none
+    except NotImplementedError:  # transformers knows neither layer here, and ties nothing
         return False
     weight = getattr(output, "weight", None)
     return weight is not None and weight is getattr(embedding, "weight", None)
@@ -43,18 +43,18 @@ def is_tied(model: Any) -> bool:
 def untie(model: Any) -> None:
     """Give the output layer of *model* weights of its own, equal to those of the embedding.
 
-    The model computes what it did before, and is saved with both.
+    The model computes the same as before, and is saved with both weights.
     """
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
-    # Else the model is tied again when it is loaded.  Multimodal models have a second
-    # configuration, of the text part.
+    # Else loading would tie the model again.  Multimodal models have a second configuration, for
+    # the text part.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
 def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
-    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
+    """Return *tensors* (or their shapes) with PEFT's names in place of an export's.
 
     *output* is the name of the output layer in the model.
     """
@@ -67,10 +67,10 @@ def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
 
 
 def merging_note(base_model: str, *, tied: bool, exported: bool) -> str:
-    """What is written beside an adapter on an output layer that PEFT alone would merge wrong.
+    """Return the note to write beside an adapter that PEFT alone would merge wrongly.
 
-    *tied*: it shares its weights with the embedding.  *exported*: it is named as in exports of the
-    hosted service.
+    *tied*: the output layer shares its weights with the embedding.  *exported*: it is named as in
+    exports of the hosted service.
     """
     parts = [_MERGE]
     if tied:
@@ -92,9 +92,9 @@ merge_adapter("path/of/this/folder", "path/of/the/merged/model")
 
 _TIED = """It changes the output layer of {base_model}, which shares its weights with the embedding
 (the model is tied: `tie_word_embeddings` is true in its config.json). Used as an adapter, with PEFT
-or vLLM for instance, it is right as it is. Merged by `merge_and_unload()` alone, it is wrong: the
-change of the output layer would go into the embedding, too, and ruin the model.
-`ensure_weight_tying` does not help; it is for adapters that were trained on both.
+or vLLM for example, it works as it is. Merging it by `merge_and_unload()` alone ruins the model:
+the change to the output layer would go into the embedding, too. `ensure_weight_tying` does not
+help; it is for adapters that were trained on both layers.
 
 An adapter made with `train_unembed=False` leaves the output layer alone, and merges as usual.
 """
@@ -112,6 +112,6 @@ model = PeftModel.from_pretrained(model, "path/of/this/folder").merge_and_unload
 """
 
 _EXPORTED = """It is an export: its output layer is called `model.unembed_tokens`, as in exports of
-the hosted service, a name that PEFT and vLLM do not know. They leave the output layer as it was.
+the hosted service. PEFT and vLLM do not know this name, and would leave the output layer unchanged.
 For them, download a checkpoint made by `save_state` or `save_weights_for_sampler`.
 """

@@ -1,4 +1,4 @@
-"""Adapters for programs that know nothing of tinkex: merged into their base model, or as PEFT's."""
+"""Adapters for programs other than tinkex: merged into their base model, or in PEFT's format."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def merge_adapter(
 
     An output layer that shares its weights with the embedding gets weights of its own if the
     adapter changes it, so that the merged model computes what was trained.  The tokenizer is
-    written beside it.  Runs on the CPU; blocks, as long as it takes to read and write the model.
+    written beside it.  Runs on the CPU; blocks while the model is read, merged and written.
 
     Args:
         adapter: a folder in PEFT's format, as `RestClient.download_checkpoint` makes it.
-        dest: is made, with its parents; it must not exist or be empty.
-        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
-            what the adapter names.
-        dtype: of the merged weights; ``"auto"`` is that of the base model.
+        dest: the folder to write to, created with its parents; if it exists, it must be empty.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default the
+            one that the adapter names.
+        dtype: dtype of the merged weights; ``"auto"`` is the base model's.
 
     Returns:
         The path of *dest*.
@@ -92,20 +92,20 @@ def merge_adapter(
 def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
     """Copy the adapter in the folder *adapter* to the new folder *dest*, with a tokenizer.
 
-    Weights on the output layer get the name that PEFT knows, if they have that of an export.
+    Output-layer weights that are named as in an export get the name that PEFT knows.
 
     Args:
-        base: a folder or a Hugging Face name, which becomes the adapter's base model.
+        base: a folder or a Hugging Face name, recorded as the adapter's base model.
 
     Raises:
         InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged.
         LocalServerError: the base model's configuration or tokenizer cannot be loaded.
-        OSError: it cannot be written.
+        OSError: *dest* cannot be written.
     """
     config, tensors = _read(adapter)
     dest.mkdir()
     with quiet():
-        # Its weights are not needed: what counts is the name of the output layer, and whether it is
+        # The base's weights are not needed, only the name of its output layer, and whether it is
         # tied.
         model, tokenizer = load_pretrained(base, base, weights=False)
         save_tokenizer(tokenizer, dest)
@@ -119,7 +119,7 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
             shutil.copyfile(adapter / WEIGHTS_FILE, dest / WEIGHTS_FILE)
             if (adapter / NOTE_FILE).is_file():
                 shutil.copyfile(adapter / NOTE_FILE, dest / NOTE_FILE)
-    # Exports of the hosted service list their name for the output layer there, too.
+    # In exports of the hosted service, target_modules also has their name for the output layer.
     if output is not None and _EXPORTED_NAME in (config.target_modules or ()):
         names = set(config.target_modules) - {_EXPORTED_NAME}
         config.target_modules = names | {output.rpartition(".")[2]}
@@ -152,7 +152,8 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
     output = output_name(model)
     if output is not None:
         tensors = rename_exported(tensors, output)
-    # Before peft wraps the layer, which would merge into the weights that the embedding reads, too.
+    # Untie before peft wraps the layer: merging would otherwise change the weights that the
+    # embedding reads.
     if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
         untie(model)
     try:
@@ -160,7 +161,7 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
         loaded = peft.set_peft_model_state_dict(wrapped, tensors)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InvalidInputError(f"{misfit}: {_in_short(error)}") from error
-    # The weights of the base are listed as missing, too.
+    # The base's own weights are listed as missing, too.
     lacking = [key for key in loaded.missing_keys if "lora_" in key]
     strange = list(loaded.unexpected_keys)
     if lacking or strange:
@@ -172,7 +173,7 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
 
 
 def _in_short(error: Exception) -> str:
-    """Return the first of the weights that *error* lists; torch writes one on each line."""
+    """Return the first of the weights that *error* lists (torch writes one per line)."""
     lines = [line.strip() for line in str(error).splitlines()]
     if len(lines) < 2:
         return str(error)
@@ -180,6 +181,6 @@ def _in_short(error: Exception) -> str:
 
 
 def _share_weights(config: Path) -> None:
-    """Give the weights beside *config* its permissions."""
-    for file in config.parent.glob("*.safetensors"):  # safetensors makes them for their owner only
+    """Give the weight files beside *config* the permissions that *config* has."""
+    for file in config.parent.glob("*.safetensors"):  # safetensors lets only the owner read
         shutil.copymode(config, file)

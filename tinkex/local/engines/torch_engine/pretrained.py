@@ -1,4 +1,4 @@
-"""transformers without its messages, and tokenizers that each of its releases reads."""
+"""Silences transformers, and saves tokenizers so that each of its releases can read them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Iterator
 def quiet() -> Iterator[None]:
     """Silence Python warnings, progress bars and transformers' log lines within the block.
 
-    Problems are still raised as exceptions.  The former settings come back afterwards.
+    Problems are still raised as exceptions.  The previous settings are restored afterwards.
     """
-    # Read by transformers for each piece of advice, whatever its verbosity.
+    # transformers reads this for each piece of advice, whatever its verbosity.  It stays set.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on the length of the sequence (longrope).
 
-transformers chooses one set of frequencies for an entire forward pass, by its largest position.
-That is wrong for a batch of rows of different lengths, and for a prompt that is computed in
-pieces.  A RopeLengths makes the choice for each row by the length of the row's own sequence.
+transformers chooses one set of frequencies for an entire forward pass, by the largest position in
+it.  That is wrong for a batch of rows of different lengths, and for a prompt that is computed in
+pieces.  A RopeLengths chooses for each row by the length of the row's own sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class RopeLengths:
     """The rotary embeddings of *model* that depend on the length of the sequence.
 
     Attributes:
-        thresholds: the lengths, in ascending order, from which on a sequence has other
-            frequencies than one token before.  Empty for most models.
+        thresholds: the lengths, in ascending order, at which the frequencies change: a sequence of
+            such a length has other frequencies than one that is a token shorter.  Empty for most
+            models.
     """
 
     def __init__(self, model: Any, longest: int) -> None:
@@ -30,7 +31,7 @@ class RopeLengths:
         device = next(model.parameters()).device
         self._lengths: Optional[Sequence[int]] = None  # of the rows of the pass in progress
         for module in model.modules():
-            # A dict by the type of layer where, as in Gemma 3, windowed layers rotate otherwise.
+            # A dict by type of layer if windowed layers rotate differently, as in Gemma 3.
             kind = getattr(module, "rope_type", None)
             kinds = kind if isinstance(kind, dict) else {None: kind}
             arguments = [
@@ -45,12 +46,13 @@ class RopeLengths:
             thresholds = [_threshold(module, longest, device, more) for more in arguments]
             if any(thresholds):
                 found.update(length for length in thresholds if length is not None)
-                # On the instance, which nn.Module's __call__ finds before the method of the class.
+                # Set on the instance, where nn.Module's __call__ finds it before the class's
+                # method.
                 module.forward = functools.partial(self._by_row, module.forward)
         self.thresholds: List[int] = sorted(found)
 
     def range_of(self, length: int) -> int:
-        """Return which range between thresholds *length* lies in, counted from 0."""
+        """Return the number, from 0, of the range between thresholds that *length* lies in."""
         return sum(length >= threshold for threshold in self.thresholds)
 
     @contextlib.contextmanager
@@ -74,7 +76,7 @@ class RopeLengths:
             ranges.setdefault(self.range_of(length), []).append(row)
         if len(ranges) == 1:  # the common case: one call
             return _as_of(forward, x, position_ids, max(lengths), arguments)
-        # One row of positions may serve all rows; they are cut apart below.
+        # One row of positions may serve all rows: expand it, so that rows can be selected below.
         if position_ids.shape[-2] == 1:
             position_ids = position_ids.expand(*position_ids.shape[:-2], len(lengths), -1)
         joined = [row for rows in ranges.values() for row in rows]
@@ -89,8 +91,8 @@ class RopeLengths:
             )
             for rows in ranges.values()
         ]
-        # Counted from the end, (..., rows, positions, frequencies): some models put the three axes
-        # of images before the rows.
+        # Axes are counted from the end, (..., rows, positions, frequencies): some models put the
+        # three axes of images before the rows.
         return _map(lambda *some: torch.cat(some, -3).index_select(-3, order), *parts)
 
 
@@ -103,8 +105,9 @@ def _as_of(
 ) -> Any:
     """Call *forward* as if the sequence had *length* tokens.
 
-    transformers chooses by the largest position.  So the sequence's last one is appended, for a
-    piece that ends before it, and larger ones, of padding, are cut off; its angles are dropped.
+    transformers chooses by the largest position.  So append the sequence's last position, because a
+    piece may end before it (its angles are dropped again), and clamp larger positions, which are
+    padding.
     """
     position_ids = position_ids.clamp(max=length - 1)
     last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
@@ -122,10 +125,10 @@ def _map(function: Callable[..., torch.Tensor], *results: Any) -> Any:
 def _threshold(
     module: Any, longest: int, device: torch.device, arguments: Dict[str, Any]
 ) -> Optional[int]:
-    """Return the smallest length up to *longest* with other frequencies than a short sequence.
+    """Return the smallest length up to *longest* with other frequencies than a short sequence has.
 
-    Found by bisection of what the module computes, since its settings have other names in each
-    family and release.
+    None if there is none.  Found by bisection on what the module computes, since its settings have
+    other names in each family and release.
     """
     x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
     # Position 1: at 0 all angles are 0, whatever the frequencies.
@@ -146,6 +149,7 @@ def _threshold(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if same(middle) else (low, middle)
-        # transformers keeps the last choice of frequencies in the module: leave it as it was found.
+        # transformers keeps the last choice of frequencies in the module: leave the module as it
+        # was found.
         same(2)
     return high

@@ -1,4 +1,4 @@
-"""Sample requests, checked: what is to be done for each, and the results so far."""
+"""Checked sample requests: what each one needs, and its results so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinkex.types.sampling import TOPK_SENTINEL
 
 
 class PromptScores:
-    """Log-probabilities of a prompt's tokens, filled in piece by piece of prefill."""
+    """Log-probabilities of a prompt's tokens, filled in as prefill computes each piece."""
 
     def __init__(self, request: SampleRequest, prompt: npt.NDArray[np.int32], targets: Any) -> None:
         length = prompt.size
@@ -26,8 +26,9 @@ class PromptScores:
         self._first = 1
         if request.prompt_logprobs_last_n is not None:
             self._first = length - request.prompt_logprobs_last_n
-        # Nothing precedes the first token: its logprob stays NaN and its rows empty, as the others'
-        # before prompt_logprobs_last_n do (docs/protocol.md, "Sample results").
+        # Nothing precedes the first token: its logprob stays NaN and its rows stay empty, like
+        # those of the tokens before the last prompt_logprobs_last_n (docs/protocol.md, "Sample
+        # results").
         self.logprobs = np.full(length, np.nan, dtype=np.float32)
         self._k = request.topk_prompt_logprobs
         self.top_tokens = np.zeros((length, self._k), dtype=np.int32)
@@ -36,9 +37,9 @@ class PromptScores:
         self.target_logprobs = None if targets is None else np.zeros(targets.shape, np.float32)
 
     def add(self, network: Network, start: int, features: torch.Tensor) -> None:
-        """Take features (t, d) of prompt positions start .. start + t - 1 into account."""
-        # Position i predicts token i + 1, and the prompt's last position no prompt token.  Logits
-        # are computed only for requested positions: those of an entire prompt are its
+        """Score the tokens after prompt positions start .. start + t - 1, by *features* (t, d)."""
+        # Position i predicts token i + 1, and the prompt's last position predicts no prompt token.
+        # Compute logits only for requested positions: for an entire prompt, they would be the
         # largest tensor by far.
         first = start if self._targets is not None else max(start, self._first - 1)
         end = min(start + len(features), len(self._prompt) - 1)
@@ -48,7 +49,7 @@ class PromptScores:
             self._fill(low, high, logprobs)
 
     def _fill(self, low: int, high: int, logprobs: torch.Tensor) -> None:
-        """Fill in what *logprobs* (high - low, vocabulary) of positions from *low* on predict."""
+        """Fill in scores from *logprobs* (high - low, vocabulary) of positions low .. high - 1."""
         following = self._prompt[low + 1 : high + 1, None].to(logprobs.device)
         own = logprobs.gather(-1, following).squeeze(-1).cpu().numpy()
         known = slice(max(low + 1, self._first), high + 1)
@@ -76,13 +77,13 @@ class Job:
     prompt: npt.NDArray[np.int32]
     stop: StopRule
     limit: int
-    sequences: List[Optional[SampledSequence]]  # None until it has ended
+    sequences: List[Optional[SampledSequence]]  # None until the sequence has ended
     prompt_scores: Optional[PromptScores]
     dropped: bool = False
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and its longest continuation."""
+        """Tokens of the prompt and its longest possible continuation."""
         return self.prompt.size + self.limit
 
 

@@ -1,10 +1,10 @@
 """Runs sample requests as one batch, a slice at a time.
 
-A SampleRun is a state machine that the engine advances; each advance is about 8 tokens of every
-row, or one piece of prefill, alternately if there is both.  Requests that come while it runs are
-prefilled and join the rows; those that end leave them.  What a row draws depends on its own
-request, seed and sample number only, not on what else is in the batch (up to float rounding of
-the matrix products).
+A SampleRun is a state machine that the engine advances; each advance computes about 8 tokens of
+every row, or one piece of prefill, alternating if there is both.  Requests that arrive while it
+runs are prefilled and join the rows; finished ones leave.  What a row draws depends only on its own
+request, seed and sample number, not on what else is in the batch (up to float rounding of the
+matrix products).
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
 #: Decode steps of one slice.
 SLICE_STEPS = 8
 
-#: Most tokens of one decode batch; more rows wait.  Each row counts as long as the longest (prompt
-#: and longest continuation), because the cache is a rectangle.  SmolLM2 keeps 46 kB per token in
-#: float32, so 6 GB.
+#: Maximum tokens of one decode batch; further rows wait.  Each row counts as long as the longest
+#: one (prompt and longest continuation), because the cache is a rectangle.  SmolLM2 keeps 46 kB per
+#: token in float32, so at most 6 GB.
 BATCH_TOKENS = 131072
 
-# Rows that ended leave the batch once this share of it is idle: leaving copies the cache.
+# Ended rows leave the batch only once they make up this share of it: removing rows copies the
+# cache.
 _IDLE_SHARE = 0.25
 
 
@@ -58,11 +59,11 @@ class _Sequence:
 
     @property
     def ended(self) -> bool:
-        """True if no more tokens are to be drawn."""
+        """Whether no more tokens will be drawn."""
         return bool(self.stop_reason) or self.job.dropped
 
     def report(self) -> None:
-        """Report the newest token, if the request follows them."""
+        """Report the newest token, if the request has a callback for tokens."""
         request = self.job.request
         if not isinstance(request, StreamingRequest) or request.on_token is None:
             return
@@ -73,7 +74,7 @@ class _Sequence:
         request.on_token(SampledToken(self.number, self.tokens[-1], self.logprobs[-1], top, reason))
 
     def finish(self) -> None:
-        """Give the sequence to its job."""
+        """Store the finished sequence in its job."""
         topk: Optional[TopkLogprobs] = None
         if self.job.request.topk_sample_logprobs:
             topk = TopkLogprobs(
@@ -95,7 +96,7 @@ class SampleRun:
     `done`.
 
     Args:
-        requests: those that are appended later join with the next slice.
+        requests: may grow; requests that are appended join with the next slice.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class SampleRun:
             self._jobs.pop(index).dropped = True
 
     def abandon(self, error: EngineError) -> List[Finished]:
-        """Give up; return what is finished, and *error* for every request that is not."""
+        """Stop; return the finished requests, and *error* for every unfinished one."""
         self.done = True
         self._steps.close()
         return self._finished + [(index, error) for index in self._jobs]
@@ -141,8 +142,8 @@ class SampleRun:
         joining: Optional[Generator[bool, None, None]] = None
         while True:
             self._take_requests()
-            # A piece of prefill, then a slice of decoding: the rows that run are not held up by
-            # long prompts, nor new requests by long continuations.
+            # A piece of prefill, then a slice of decoding: long prompts do not hold up running
+            # rows, nor long continuations new requests.
             if joining is None:
                 admitted = self._admit()
                 joining = self._join(admitted) if admitted else None
@@ -157,7 +158,7 @@ class SampleRun:
                 return
 
     def _take_requests(self) -> None:
-        """Check the requests that were added since, and queue their sequences."""
+        """Check the newly added requests, and queue their sequences."""
         for index in range(self._taken, len(self._requests)):
             try:
                 job = check_request(index, self._requests[index], self._vocabulary, self._info)
@@ -169,9 +170,8 @@ class SampleRun:
         self._taken = len(self._requests)
 
     def _admit(self) -> List[_Sequence]:
-        """Remove and return the waiting sequences that fit in; at least one into an empty batch."""
-        # What is reserved is the longest continuation: a batch that has begun never runs out of
-        # room.
+        """Dequeue and return the waiting sequences that fit; at least one if the batch is empty."""
+        # Reserve room for the longest continuation, so that a batch never runs out of room later.
         lengths = [row.job.length for row in self._rows if not row.ended]
         count, longest = len(lengths), max(lengths, default=0)
         admitted: List[_Sequence] = []
@@ -180,7 +180,7 @@ class SampleRun:
             if not sequence.ended:
                 count, longest = count + 1, max(longest, sequence.job.length)
                 if count > 1 and count * longest > BATCH_TOKENS:
-                    break  # in order of arrival: a shorter one behind it does not overtake
+                    break  # in order of arrival: shorter ones behind it do not overtake
                 admitted.append(sequence)
             self._waiting.popleft()
         return admitted
@@ -190,7 +190,7 @@ class SampleRun:
 
         Yields True between pieces of prefill.
         """
-        # Once for each request, whose samples share its prompt.
+        # Once per request: its samples share the prompt.
         jobs = list(dict.fromkeys(sequence.job for sequence in admitted))
         sources: Dict[Job, Source] = {}
         ends: Dict[Job, torch.Tensor] = {}
@@ -218,7 +218,7 @@ class SampleRun:
         sources: Dict[Job, Source],
         ends: Dict[Job, torch.Tensor],
     ) -> None:
-        """Note the results of *piece* for *job*: prompt scores; at its end, the features."""
+        """Store what *piece* gives *job*: prompt scores and, at the prompt's end, its features."""
         if job.prompt_scores is not None:
             features = piece.features[row, : max(0, job.prompt.size - piece.start)]
             job.prompt_scores.add(self._network, piece.start, features)
@@ -228,15 +228,16 @@ class SampleRun:
             ends[job] = end
 
     def _regroup(self, added: Sequence[Source] = ()) -> None:
-        """Take the rows that have ended out of the decode batch, and put *added* into it."""
+        """Remove ended rows from the decode batch, and add a row for each of *added*."""
         alive = [row for row, sequence in enumerate(self._rows) if not sequence.ended]
         self._batch.regroup(alive, added)
         self._rows = [self._rows[row] for row in alive]
 
     def _decode(self) -> Generator[bool, None, None]:
-        """Draw as many tokens for each row as a slice has."""
+        """Draw a slice's tokens for each row."""
         for _ in range(SLICE_STEPS):
-            # Before the step, which would add keys of the new frequencies to those of the old ones.
+            # Before the step, which would mix keys of the new frequencies with keys of the old
+            # ones.
             yield from self._update()
             logits = self._batch.step([sequence.tokens[-1] for sequence in self._rows])
             self._extend(self._rows, logits)
@@ -247,7 +248,7 @@ class SampleRun:
                 return
 
     def _update(self) -> Generator[bool, None, None]:
-        """Compute again the rows that grow into a length with other rotary frequencies."""
+        """Recompute the rows that are about to reach a length with other rotary frequencies."""
         # The newest token is not in the cache yet: the step appends it.  Hence tokens[:-1], and
         # more_tokens=1 for the length whose frequencies apply.
         rows = self._rows
@@ -256,7 +257,7 @@ class SampleRun:
             np.append(rows[row].job.prompt, rows[row].tokens[:-1]).astype(np.int32)
             for row in outdated
         ]
-        # A slice for each piece, as these rows may be long.
+        # One slice per piece, as these rows may be long.
         for piece in prefill(self._network, texts, more_tokens=1):
             for source, index in enumerate(piece.prompts):
                 if piece.end_of(source, texts[index].size) is not None:
@@ -267,8 +268,8 @@ class SampleRun:
     def _extend(self, rows: List[_Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each row that has not ended."""
         params = [sequence.job.request.sampling_params for sequence in rows]
-        # One number per token from the sequence's own generator, so that a seed decides the same
-        # tokens in any batch.  Rows that ended are still in the batch, and draw none.
+        # One number per token from the sequence's own generator, so that a seed gives the same
+        # tokens in any batch.  Rows that have ended may still be in the batch; they draw no number.
         uniforms = [0.0 if sequence.ended else sequence.random.random() for sequence in rows]
         tokens, logprobs = draw(logits, params, uniforms)
         for row, sequence in enumerate(rows):
@@ -297,8 +298,8 @@ class SampleRun:
 
 def _sequences_of(job: Job, vocabulary: Vocabulary) -> Iterator[_Sequence]:
     """Yield the sequences of *job*, each with its own random numbers."""
-    # numpy takes no negative seeds; two's complement keeps all 64 bits apart.  SeedSequence mixes
-    # seed and sample number, so that neighbouring ones have independent streams.
+    # numpy takes no negative seeds; two's complement keeps all 64-bit seeds distinct.  SeedSequence
+    # mixes seed and sample number, so that neighbouring values have independent streams.
     seed = job.request.sampling_params.seed
     entropy = None if seed is None else seed & 0xFFFFFFFFFFFFFFFF
     for number in range(job.request.num_samples):

@@ -1,4 +1,4 @@
-"""When a sequence ends: at a token, or as soon as its text holds a string."""
+"""Decides when a sequence ends: at a stop token, or once its text holds a stop string."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt to decode with the first generated ones.
 _CONTEXT = 8
 
-# A character of UTF-8 has at most four bytes: more tokens than this will never complete one.
-# Without a limit, each token of such bytes would decode all before it once more.
+# A UTF-8 character has at most four bytes: more pending tokens than this never complete one.
+# Without a limit, each further token would decode all pending ones again.
 _MOST_PENDING = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What sampling needs to know of the tokenizer."""
+    """What sampling needs from the tokenizer."""
 
     tokenizer: Any
     eos_tokens: FrozenSet[int]
@@ -31,8 +31,8 @@ class Vocabulary:
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Vocabulary:
         """Collect the end-of-sequence tokens of model and tokenizer."""
-        # Of the generation configuration first: chat models list the end of a turn there, beside or
-        # in place of the tokenizer's end of a text.
+        # The generation configuration comes first: chat models list the end of a turn there,
+        # besides or instead of the tokenizer's end of text.
         eos = getattr(model.generation_config, "eos_token_id", None)
         if eos is None:
             eos = tokenizer.eos_token_id
@@ -40,8 +40,8 @@ class Vocabulary:
         return cls(tokenizer, frozenset(int(token) for token in listed))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Decode *tokens*, special ones included, nothing cleaned up."""
-        # Cleaning up removes blanks before punctuation, which a stop string may hold.
+        """Decode *tokens*, including special ones, without cleaning up."""
+        # Cleaning up removes spaces before punctuation, which a stop string may contain.
         decoded: str = self.tokenizer.decode(
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -50,7 +50,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-    """When a sequence ends: at a token, or as soon as its text holds a string."""
+    """When a sequence ends: at one of *tokens*, or once its text holds one of *strings*."""
 
     tokens: FrozenSet[int]
     strings: Tuple[str, ...] = ()
@@ -69,15 +69,15 @@ class StopRule:
     def follow(
         self, prompt: npt.NDArray[np.int32], vocabulary: Vocabulary
     ) -> Optional[GeneratedText]:
-        """Return the text to give to `reached`; None if no string has to be looked for."""
+        """Return the text to pass to `reached`; None if there are no stop strings."""
         if not self.strings:
             return None
-        # As much earlier text as a string may begin in.
+        # Enough earlier text for a stop string to begin in.
         keep = max(len(string) for string in self.strings) - 1
         return GeneratedText(prompt.tolist(), vocabulary.text, keep)
 
     def reached(self, token: int, text: Optional[GeneratedText]) -> bool:
-        """True if the newest *token* ends the sequence; adds it to *text*."""
+        """Return whether the newest *token* ends the sequence; append it to *text*."""
         if token in self.tokens:
             return True
         if text is None:
@@ -87,18 +87,18 @@ class StopRule:
 
 
 class GeneratedText:
-    """Decodes the tokens of one sequence as they come.
+    """Decodes the tokens of one sequence as they are drawn.
 
-    A token's text depends on its neighbours: sentencepiece decoders drop the blank before the
-    first word, and a character may take several tokens.  So new tokens are decoded together with
-    those before them (at first the end of the prompt), and what these add is the new text.
+    A token's text depends on its neighbours: sentencepiece decoders drop the space before the first
+    word, and a character may take several tokens.  So new tokens are decoded together with the
+    tokens before them (at first the end of the prompt), and what they add is the new text.
 
     Args:
         prompt: the tokens before the sequence.
         decode: returns the text of tokens, special ones included.
-        keep: characters of earlier text that `append` returns along with the new text.
+        keep: how many characters of earlier text `append` returns along with the new text.
 
-    For one thread.
+    Not thread-safe.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GeneratedText:
     ) -> None:
         start = max(0, len(prompt) - _CONTEXT)
         while start > 0 and _REPLACEMENT in decode(prompt[start : start + 1]):
-            start -= 1  # not in the middle of a character: the bytes after it would not decode
+            start -= 1  # do not start inside a character: its other bytes would not decode
         self._decode = decode
         self._keep = keep
         self._text = ""
@@ -118,7 +118,7 @@ class GeneratedText:
         self._context_text = self._decode(context) if context else ""
 
     def append(self, token: int) -> str:
-        """Add *token*; return the end of the text so far, the unsettled part included."""
+        """Add *token*; return the end of the text so far, including the unsettled part."""
         self._pending.append(token)
         before = self._context_text
         both = self._decode(self._context + self._pending)
@@ -134,7 +134,7 @@ class GeneratedText:
 
 
 def _shared(one: str, other: str) -> int:
-    """Return how many characters both begin with."""
+    """Return the length of the common prefix of *one* and *other*."""
     if other.startswith(one):
         return len(one)
     return next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(other))

@@ -1,7 +1,7 @@
-"""Which parts of a model an adapter changes: found by running text through it.
+"""Finds the parts of a model that an adapter may change, by running text through the model.
 
-A layer that text does not pass through (of a vision or audio tower, a projector of images, cross
-attention) would never get a gradient, and is left alone.  The name of a layer decides its kind.
+A layer that text does not pass through (in a vision or audio tower, an image projector, or
+cross-attention) would never get a gradient, and is left alone.  A layer's name decides its kind.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MLP = ("mlp", "ffn", "feed_forward", "intermediate")
 # Looked for last: attention may have experts, too.
 _EXPERTS = ("expert", "moe")
 
-# By the last part of the name, where no other part decides (OPT, BERT, Nemotron-H).
+# By the last part of the name, if no other part decides (OPT, BERT, Nemotron-H).
 _ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LAYERS = (".fc1", ".fc2", ".gate_proj", ".up_proj", ".down_proj", ".output.dense")
 
-# What chooses among experts or tokens is left alone: it gets no gradient, or training it upsets
-# the balance between the experts.
+# Layers that choose among experts or tokens are left alone: they get no gradient, or training them
+# upsets the balance between the experts.
 _CHOOSING = ("gate", "shared_expert_gate", "indexer", "scorer")
 
 _EXPERT_NUMBER = re.compile(r"(experts)\.\d+\.")
@@ -56,19 +56,19 @@ class Chosen:
     tensors: List[str]
 
     def counts(self) -> Dict[str, int]:
-        """Return how many there are of each name, with ``*`` in place of the layers' numbers."""
+        """Return how many there are of each name, with ``*`` in place of the layer numbers."""
         return dict(collections.Counter(_NUMBER.sub(".*", n) for n in self.layers + self.tensors))
 
 
 class Targets:
     """What adapters of *model* may change, by kind: "attn", "mlp" or "unembed".
 
-    Make it before the first adapter; immutable, and safe from any thread.
+    Create it before the first adapter.  Immutable, and safe from any thread.
 
     Attributes:
         layers: the kind of each linear layer (torch.nn.Linear or transformers' Conv1D), by name.
         tensors: the kind of each parameter that holds all experts of a layer, by name.
-        linear: names of all linear layers of the model but the output layer.
+        linear: names of all linear layers of the model except the output layer.
         modules: names of all modules.
         parameters: names of all parameters.
     """
@@ -79,14 +79,15 @@ class Targets:
         self.layers: Dict[str, str] = {}
         self.tensors: Dict[str, str] = {}
         for name, module in model.named_modules():
-            # The output layer by identity, not by name: it is lm_head, embed_out, output ...
+            # The output layer is found by identity, since its name varies: lm_head, embed_out,
+            # output ...
             kind = "unembed" if module is output else kind_of(name)
             if kind is None or _without_expert_number(name) not in passed:
                 continue
             if is_linear(module) or module is output:
                 self.layers[name] = kind
             elif "expert" in f"{name} {type(module).__name__}".lower():
-                # One matrix for each expert; biases and scales have fewer dimensions.
+                # Three dimensions: one matrix per expert.  Biases and scales have fewer.
                 for parameter, value in module.named_parameters(recurse=False):
                     if value.dim() == 3:
                         self.tensors[f"{name}.{parameter}"] = kind
@@ -108,7 +109,7 @@ class Targets:
         return [kind for kind in _wanted_kinds(lora) if kind not in present]
 
     def layers_matching(self, pattern: Union[str, Collection[str], None]) -> List[str]:
-        """Return the modules that peft's ``target_modules`` means by *pattern*."""
+        """Return the modules that *pattern* selects as peft's ``target_modules``."""
         if isinstance(pattern, str):
             if pattern.lower() == "all-linear":
                 return self.linear
@@ -116,23 +117,23 @@ class Targets:
         return _with_ending(self.modules, pattern or ())
 
     def parameters_matching(self, endings: Optional[Collection[str]]) -> List[str]:
-        """Return the parameters that peft's ``target_parameters`` means by *endings*."""
+        """Return the parameters that *endings* select as peft's ``target_parameters``."""
         return _with_ending(self.parameters, endings or ())
 
 
 def is_linear(module: Any) -> bool:
-    """True for the layers that peft adapts as matrices."""
+    """Return whether peft adapts *module* as a matrix."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def kind_of(name: str) -> Optional[str]:
-    """Return "attn" or "mlp" for the name of a layer in one of the two; None if it is neither."""
+    """Return "attn" or "mlp" if the layer called *name* is part of one; else None."""
     *parents, leaf = name.split(".")
     if any("router" in part or part in _CHOOSING for part in [*parents, leaf]):
         return None
-    # From the innermost part outwards: the nearest one that says something decides.
+    # From the innermost part outwards: the first one that names attention or an MLP decides.
     for part in reversed(parents):
         if any(word in part for word in _ATTENTION):
             return "attn"
@@ -150,11 +151,11 @@ def _without_expert_number(name: str) -> str:
 
 
 def _modules_that_text_passes(model: Any) -> Set[str]:
-    """Return the names of the modules that run for text; an expert counts for all of its list."""
+    """Return the names of the modules that run on text; one expert counts for all in its list."""
     passed: Set[str] = set()
 
-    # An expert that the router does not choose for the probe's three tokens does not run; any other
-    # of its list stands for it.
+    # An expert does not run if the router chooses it for none of the probe's three tokens; then any
+    # other expert in its list stands for it.
     def note(name: str) -> Callable[..., None]:
         return lambda *arguments: passed.add(_without_expert_number(name))
 
@@ -187,9 +188,9 @@ def _with_ending(names: Iterable[str], endings: Collection[str]) -> List[str]:
 
 
 def shorten(chosen: Iterable[str], names: Iterable[str]) -> List[str]:
-    """Shorten the *chosen* of *names* to endings that none of the others has.
+    """Shorten the *chosen* names to endings that no other of *names* has.
 
-    peft matches names by their endings, so that a few stand for hundreds of names.
+    peft matches names by their endings, so a few endings can stand for hundreds of names.
     """
     chosen = set(chosen)
     taken = {ending for name in names if name not in chosen for ending in _endings(name)}

@@ -1,7 +1,7 @@
 """One forward (and backward) pass over a checked batch, micro-batch by micro-batch.
 
-Memory decides its form: activations are bounded by the tokens of a micro-batch, logits by the rows
-of a chunk, whatever the client sends.
+Its form bounds memory, whatever the client sends: the tokens of a micro-batch bound the
+activations, and the rows of a chunk bound the logits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, plan
 
 FloatArray = npt.NDArray[np.float32]
 
-# A divisor for sequences whose mask is 0 everywhere.  They have no token with an advantage
-# (`inputs` checks that), so that their ratio is computed and not used.
+# The divisor for sequences whose mask is 0 everywhere.  They have no token with an advantage
+# (`inputs` checks that), so their ratio is computed but not used.
 _LEAST_MASK = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """What a pass found: per row logprobs and per-token losses, float32 (n, k), in input order."""
+    """The results of a pass: logprobs and losses of each row, float32 (n, k), in input order."""
 
     logprobs: List[FloatArray]
     losses: List[FloatArray]
@@ -51,7 +51,7 @@ def run_batch(
     nothing: FloatArray = np.empty((0, 1), dtype=np.float32)
     result = BatchResult([nothing] * len(rows), [nothing] * len(rows))
     # Losses are sums over tokens (docs/protocol.md, "Passes"), so the gradients of the
-    # micro-batches add up in .grad to that of the batch, without a factor for their sizes.
+    # micro-batches add up in .grad to the gradient of the batch, whatever their sizes.
     for indices in plan_passes([row.tokens.size for row in rows]):
         chosen = [rows[index] for index in indices]
         logprobs, losses = _run_pass(network, chosen, loss_fn, config, backward=backward)
@@ -74,7 +74,7 @@ def _run_pass(
     *,
     backward: bool,
 ) -> Tuple[FloatArray, FloatArray]:
-    """Return logprobs and losses (sum of the rows' targets, widest k) of one micro-batch."""
+    """Return logprobs and losses of one micro-batch, both (targets of all rows, widest k)."""
     loss, device = LOSSES[loss_fn], network.device
     # From here on, the targets of all rows are one axis: (t, k), with t the sum of their lengths.
     positions = _flat_positions(rows).to(device)
@@ -83,11 +83,11 @@ def _run_pass(
         name: torch.from_numpy(_join([row.inputs[name] for row in rows])).to(device)
         for name in loss.inputs
     }
-    # (t,): the tokens that the loss depends on.  A gate of 0 takes a token out of it.
+    # (t,): whether the loss depends on the token.  A gate of 0 excludes a token.
     live = torch.ones(len(targets), dtype=torch.bool, device=device)
     if loss.gate is not None:
         live = (inputs[loss.gate] != 0).any(-1)
-    backward = backward and bool(live.any())  # else no graph is kept for nothing
+    backward = backward and bool(live.any())  # if none is live, keep no graph
     with torch.set_grad_enabled(backward):
         # Padding is on the right, where causal attention keeps it out of every real position:
         # no mask is needed, so the fast attention kernels apply.
@@ -96,9 +96,9 @@ def _run_pass(
         # (b, longest, d) -> (t, d): the output layer computes nothing for padding and prompts.
         flat = features.reshape(-1, features.shape[-1]).index_select(0, positions)
     if loss.by_sequence:
-        # The ratio of a sequence takes the logprobs of all its tokens, which chunks cut apart: they
-        # are computed first, without a gradient, since GSPO-token takes the ratio as a constant.
-        # The chunks below compute them once more, with one.
+        # The ratio of a sequence needs the logprobs of all its tokens, which may lie in several
+        # chunks.  So compute them first, without a gradient, since GSPO-token takes the ratio as a
+        # constant; the chunks below compute them again, with a gradient.
         all_logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
         with torch.no_grad():
             for chunk in torch.arange(len(targets), device=device).split(LOGITS_ROWS):
@@ -110,8 +110,8 @@ def _run_pass(
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)
     gradient = torch.zeros_like(flat) if backward else None
-    # Each chunk of logits is carried back to the features immediately and then freed, so that one
-    # chunk is in memory at a time.  Tokens outside of the gradient (weight 0) skip the way back.
+    # Backpropagate each chunk of logits to the features immediately, then free it, so that only one
+    # chunk is in memory at a time.  Tokens that have no gradient (weight 0) skip the backward pass.
     for wanted, part in ((True, live), (False, ~live)):
         with torch.set_grad_enabled(backward and wanted):
             for chunk in part.nonzero().squeeze(-1).split(LOGITS_ROWS):
@@ -126,7 +126,7 @@ def _run_pass(
                     gradient[chunk] = leaf.grad
                 logprobs[chunk] = lp.detach()
                 losses[chunk] = lost.detach()
-    # Where only the output layer is trained, no graph leads further back.
+    # If only the output layer is trained, no graph leads further back.
     if gradient is not None and flat.requires_grad:
         torch.autograd.backward(flat, gradient)
     return logprobs.cpu().numpy(), losses.cpu().numpy()
@@ -140,9 +140,10 @@ def _padded_tokens(rows: Sequence[Row]) -> torch.Tensor:
 
 
 def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
-    """Indices of the tokens that have targets, in the flattened (rows, longest) grid."""
+    """Return the indices, in the flattened (rows, longest) grid, of tokens that have targets."""
     longest = max(row.tokens.size for row in rows)
-    # Targets may be fewer than tokens: they belong to the last ones (docs/protocol.md, "Losses").
+    # There may be fewer targets than tokens: they belong to the last tokens (docs/protocol.md,
+    # "Losses").
     parts = [
         np.arange(row.tokens.size - len(row.targets), row.tokens.size) + i * longest
         for i, row in enumerate(rows)
@@ -151,18 +152,18 @@ def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
 
 
 def _sequence_log_ratio(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
-    """Return the mean of lp - q over a sequence, as the mask weighs it, once per token: (n,)."""
-    # float64: a mean of small differences, which the loss compares with clips 3e-4 away from it.
+    """Return the mask-weighted mean of lp - q over a sequence, repeated for each token: (n,)."""
+    # In float64: the loss clips the exponential of this small mean as close as 3e-4 to 1.
     mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
-    # Chosen, not multiplied: lp may be -infinity where the mask is 0, and 0 * infinity is NaN.
+    # Selected, not multiplied: lp may be -infinity where the mask is 0, and 0 * infinity is NaN.
     drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
     return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))
 
 
 def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
-    """Stack (n_i, k_i) arrays to (sum of n, largest k); zeros fill up narrow ones.
+    """Stack (n_i, k_i) arrays to (sum of n_i, largest k_i); pad narrow ones with zeros.
 
-    0 is a token, and the weight of what is filled up, so that it adds nothing to loss and gradient.
+    0 is a valid token, and as the weight of padding it adds nothing to loss and gradient.
     """
     widest = max(part.shape[1] for part in parts)
     joined = np.zeros((sum(len(part) for part in parts), widest), dtype=parts[0].dtype)
@@ -174,12 +175,12 @@ def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
 
 
 def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[str, float]:
-    """Sums over the batch, named with the reduction that joins them over several batches.
+    """Return metrics of the batch, named with the reduction that joins them over several batches.
 
-    ``loss:sum``; ``tokens:sum``, the target tokens; for cross_entropy ``weights:sum`` (so that
-    loss:sum / weights:sum is the mean loss per token); for the others, over tokens with a nonzero
-    advantage: ``active_tokens:sum``, ``ratio:sum|min|max`` (new over old probability, for gspo of
-    the sequence), ``sampler_kl:sum`` (sum of q - lp), and where ratios are clipped
+    ``loss:sum``; ``tokens:sum``, the number of target tokens; for cross_entropy ``weights:sum`` (so
+    that loss:sum / weights:sum is the mean loss per token); for the others, over tokens with a
+    nonzero advantage: ``active_tokens:sum``, ``ratio:sum|min|max`` (new over old probability; for
+    gspo, of the sequence), ``sampler_kl:sum`` (sum of q - lp), and, if ratios are clipped,
     ``clipped_tokens:sum``.
     """
     metrics = {
