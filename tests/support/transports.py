@@ -1,4 +1,4 @@
-"""Clients' machinery, pointed at a scripted server and quick to give up."""
+"""The resources and transport of a client, pointed at a scripted server and quick to give up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def quick_config(server: ScriptedServer, **settings: Any) -> Config:
 
 @contextlib.contextmanager
 def open_resources(server: ScriptedServer, **settings: Any) -> Iterator[ClientResources]:
-    """The resources of a client of *server*, closed at the end as a client closes its own."""
+    """Yield the resources of a client of *server*; close them at the end as a client does."""
     resources = ClientResources.open(quick_config(server, **settings), threading.Event())
     try:
         yield resources
@@ -29,7 +29,7 @@ def open_resources(server: ScriptedServer, **settings: Any) -> Iterator[ClientRe
 
 @contextlib.contextmanager
 def open_transport(server: ScriptedServer, **settings: Any) -> Iterator[Transport]:
-    """A transport to *server*, closed at the end as a session closes its own."""
+    """Yield a transport to *server*; close it at the end as a session does."""
     transport = Transport(quick_config(server, **settings))
     try:
         yield transport
