@@ -21,7 +21,7 @@ COMMON = ("--base-url", "--format", "--verbose", "--help")
 
 
 def commands() -> Iterator[Tuple[click.Context, click.Command]]:
-    """Yield every command that does something, in alphabetical order."""
+    """Yield every command, but not the groups, in alphabetical order."""
     yield from _leaves(click.Context(cli, info_name="tinkex"), cli)
 
 
@@ -61,7 +61,7 @@ def _section(context: click.Context, command: click.Command) -> str:
     return "\n".join(lines)
 
 
-# Not click's own texts, which differ from release to release.
+# We don't use click's own texts, because they differ from release to release.
 
 
 def _argument(argument: click.Argument) -> str:
@@ -92,12 +92,12 @@ def _cell(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Return *text* with what Markdown would take for HTML escaped."""
+    """Return *text* with characters escaped that Markdown would take for HTML."""
     return text.replace("<", "&lt;")
 
 
 def page() -> str:
-    """Return the page as it should be."""
+    """Return the page with an up-to-date reference."""
     written, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has lost its mark"
     return f"{written}{BEGIN}\n{reference()}"

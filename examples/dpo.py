@@ -4,9 +4,9 @@
     python examples/dpo.py --base-url URL --model NAME         # needs torch here, too
     python examples/dpo.py --data my-preferences.jsonl --out runs/mine
 
-The accuracy is the share of pairs in which the model, compared to the one before training, has come
-to prefer the better reply; the margin is by how much.  The run is kept in a folder: run it again
-after anything that ends it, and it continues.
+The accuracy is the share of pairs in which the model prefers the better reply more than it did
+before training; the margin says by how much.  The run is kept in a folder: run the script again
+after any interruption, and it continues.
 """
 
 from __future__ import annotations

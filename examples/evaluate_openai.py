@@ -3,8 +3,8 @@
     python examples/evaluate_openai.py                         # on the embedded server
     python examples/evaluate_openai.py --base-url URL --model NAME
 
-A model's choice is the answer to which it gives the highest log-probability, as evaluation
-harnesses score.  It uses plain HTTP; the `openai` package takes the same URL, model and prompts.
+A model's choice is the answer with the highest log-probability, as in evaluation harnesses.  The
+script uses plain HTTP; the `openai` package takes the same URL, model and prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tinkex
 from tinkex import AdamParams
 from tinkex.data import completion_datum
 
-#: Questions, and their answers; the first one is right.
+#: Questions and their possible answers; the first answer is right.
 QUESTIONS = {
     "Who keeps the lighthouse?": [" A heron.", " A gull.", " An owl."],
     "What does he burn in the lamp?": [" Fish oil.", " Petrol.", " Coal."],
@@ -41,7 +41,7 @@ def prompt_of(question: str) -> str:
 
 
 def choose(service: tinkex.ServiceClient, model: str, question: str) -> int:
-    """Return the index of the answer that *model*, or a checkpoint, finds likeliest."""
+    """Return the index of the answer that *model* (or a checkpoint) finds most likely."""
     prompt = prompt_of(question)
     asked = {
         "model": model,
@@ -72,7 +72,7 @@ def evaluate(service: tinkex.ServiceClient, model: str) -> None:
 
 
 def main() -> None:
-    """Evaluate a base model, then the same after training."""
+    """Evaluate a base model before and after training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--base-url", default=os.environ.get("TINKER_BASE_URL"))

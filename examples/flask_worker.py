@@ -4,9 +4,9 @@
     python examples/flask_worker.py --base-url URL --model NAME --port 8080
     curl -d '{"prompt": [1, 2, 3]}' -H 'Content-Type: application/json' http://127.0.0.1:8080/sample
 
-Clients are thread-safe.  Servers that fork (gunicorn, uWSGI) must open theirs after the fork: call
-`create_app` in the worker.  SIGTERM and Ctrl-C end the session and exit.  Needs flask and waitress,
-which the extras "local" and "testing" bring.
+Clients are thread-safe.  A server that forks (gunicorn, uWSGI) must open its client after the fork:
+call `create_app` in the worker.  SIGTERM and Ctrl-C end the session and exit.  Needs flask and
+waitress, which the extras "local" and "testing" install.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with connect(options) as service:
         app = create_app(service, options.model)
-        sockets: Dict[int, Any] = {}  # the listening one and the connections
+        sockets: Dict[int, Any] = {}  # the listening socket and the connections
         server = waitress.create_server(
             app, map=sockets, host="127.0.0.1", port=options.port, threads=8
         )

@@ -1,7 +1,7 @@
-"""Check that a server accepts heartbeats, and rejects those at historic wrong paths.
+"""Check that a server accepts heartbeats, and rejects those sent to wrong paths of the past.
 
-Runs on an embedded server without a model, or on the one in TINKER_BASE_URL.  An old SDK sent every
-heartbeat to a wrong path and ignored the 404s, so no session was kept alive.
+Runs on an embedded server without a model, or on the server in TINKER_BASE_URL.  An old SDK sent
+every heartbeat to a wrong path and ignored the 404s, so no session was kept alive.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Move a run from the embedded server to another one, and go on training there.
+"""Move a run from the embedded server to another one, and continue training there.
 
     python examples/move_run.py
     python examples/move_run.py --model tiny-random --out runs/dry
 
-A server of tinkex keeps its runs and checkpoints in its data folder, here in the run's own folder:
-what moves is the folder.  In this example the other server is `tinkex serve` on this machine; to a
-machine with a GPU, copy the folder (`rsync -a runs/mine gpu:runs/`) and start the server there.
+A tinkex server keeps its runs and checkpoints in its data folder, here within the run's own folder,
+so only that folder moves.  In this example the other server is `tinkex serve` on this machine; for
+a GPU machine, copy the folder (`rsync -a runs/mine gpu:runs/`) and start the server there.
 
-Servers of other makes take no checkpoints from outside: on them, run the script from its beginning,
-with their base URL.
+Other servers accept no checkpoints from outside: train on them from the beginning, with their base
+URL.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def serve(model: str, folder: Path) -> Iterator[str]:
     ):
         try:
             assert process.stdout is not None
-            ready = process.stdout.readline()  # empty if it has failed
+            ready = process.stdout.readline()  # empty if the server failed
             found = re.search(r"TINKER_BASE_URL=(http[^;]+);", ready)
             if found is None:
                 raise tinkex.LocalServerError(f"tinkex serve did not start; {log} has the reason")
@@ -57,7 +57,7 @@ def serve(model: str, folder: Path) -> Iterator[str]:
 
 
 def train(service: tinkex.ServiceClient, model: str, folder: Path, steps: int) -> List[float]:
-    """Train up to *steps* in all; return the log-probabilities of TOKENS before the first one."""
+    """Train up to *steps* steps in all; return the log-probabilities of TOKENS before the first."""
     with service.open_run(folder, model, rank=8, seed=0) as run:
         before = run.trainer.forward(BATCH, "cross_entropy").result()
         for step in run.steps([BATCH] * steps):
@@ -69,7 +69,7 @@ def train(service: tinkex.ServiceClient, model: str, folder: Path, steps: int) -
 
 
 def main() -> None:
-    """Train five steps here and five there; compare what the model is before and after the move."""
+    """Train five steps here and five there; compare the model before and after the move."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/move_run"))
     parser.add_argument("--model", default="smollm2-135m")

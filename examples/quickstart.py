@@ -3,8 +3,8 @@
     python examples/quickstart.py                      # on the embedded server
     python examples/quickstart.py --base-url URL --model NAME     # on another server
 
-The text is a file of paragraphs; each is one training example.  Printed before and after training:
-the loss per token on held-out paragraphs, and samples for the same prompts.
+The text is a file of paragraphs; each is one training example.  Before and after training, the
+script measures the loss per token on held-out paragraphs, and samples the same prompts.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: An
             tokens += step.tokens
             speed = tokens / (time.monotonic() - started_at)
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
-            if not console.is_terminal:  # where a bar is shown only once it is full
+            if not console.is_terminal:  # there the bar is printed only at the end
                 console.print(f"step {len(losses)}/{arguments.steps}: loss {losses[-1]:.3f}")
     console.print(f"Trained on {tokens} tokens in {time.monotonic() - started_at:.0f} s.")
     return losses

@@ -3,8 +3,9 @@
     python examples/resumable.py                               # on the embedded server
     python examples/resumable.py --base-url URL --model NAME --out runs/mine
 
-The loop is your own here; recipes (supervised_chat.py, dpo.py, rl.py) continue in the same way.  At
-SIGTERM the step is finished and saved; after anything else, the last checkpoint is continued from.
+The loop here is your own; recipes (supervised_chat.py, dpo.py, rl.py) continue in the same way.  At
+SIGTERM, the script finishes and saves the step; after any other interruption, it continues from the
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def connect(options: argparse.Namespace) -> tinkex.ServiceClient:
 
 
 def make_batch(index: int) -> List[Datum]:
-    """Make the batch of one step, one of four: the same whenever it is asked for."""
+    """Make the batch of a step, one of four batches that are the same on every run."""
     tokens = np.random.default_rng(index % 4).integers(1, 100, size=17)
     return [Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})]
 
 
 def main() -> None:
-    """Train what is left of the steps, and print what the folder has in the end."""
+    """Do the remaining steps, and print what the folder has in the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/resumable"))
     parser.add_argument("--model", default="smollm2-135m")
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
 
-    settings = {"steps": options.steps}  # kept in the folder: another number is refused later
+    settings = {"steps": options.steps}  # kept in the folder; a different number is refused later
     with (
         connect(options) as service,
         service.open_run(

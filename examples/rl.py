@@ -3,9 +3,9 @@
     python examples/rl.py                                      # on the embedded server
     python examples/rl.py --base-url URL --model NAME
 
-For each problem a group of replies is sampled; those with more reward than the mean of their group
-become likelier.  The run is kept in a folder: run it again after anything that ends it, and it
-continues.
+For each problem, a group of replies is sampled; replies with more reward than the mean of their
+group become more likely.  The run is kept in a folder: run the script again after any interruption,
+and it continues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import List, Mapping, NamedTuple, Sequence
 import tinkex
 from tinkex import recipes
 
-EXAMPLES = "1+1=2\n2+3=5\n4+1=5\n"  # so that a base model sees what to do
+EXAMPLES = "1+1=2\n2+3=5\n4+1=5\n"  # show a base model what to do
 
 
 class Problem(NamedTuple):
@@ -33,7 +33,7 @@ PROBLEMS = [Problem(left, right) for left in range(10) for right in range(10 - l
 
 
 def reward_of(problem: Problem, reply: str) -> float:
-    """Return 1 for the right sum, a fifth of it for another digit, and 0 for anything else."""
+    """Return 1 for the right sum, 0.2 for another digit, and 0 for anything else."""
     if reply[:1] not in tuple("0123456789"):
         return 0.0
     return 1.0 if int(reply[0]) == sum(problem) else 0.2

@@ -3,9 +3,9 @@
     python examples/rollouts.py                                # on the embedded server
     python examples/rollouts.py --base-url URL --model NAME --workers 8
 
-Worth it where the work around a sample, such as an environment or a parser, needs more than one
-processor; for samples alone, one process is enough (sample_many.py).  A sampler travels to the
-workers as a handle, a string without the key; they use their own TINKER_API_KEY.
+This is worthwhile if the work around a sample, such as an environment or a parser, needs more than
+one processor; for samples alone, one process is enough (sample_many.py).  The workers receive a
+sampler as a handle, a string without the key; they use their own TINKER_API_KEY.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPTS = [[1 + i, 2, 3] for i in range(8)]  # token ids; yours come from a toke
 
 
 class Rollout(NamedTuple):
-    """What a worker returns: the data of a group of replies to learn from, and their rewards."""
+    """The result of a worker: the training data of a group of replies, and their rewards."""
 
     data: List[Datum]
     rewards: List[float]
@@ -37,8 +37,8 @@ class Rollout(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def sampler_of(handle: str) -> tinkex.SamplingClient:
-    """Return this process's client of a sampler."""
-    # The handle comes from our own parent process: its server may have our key.
+    """Return this process's client for a sampler."""
+    # The handle comes from our own parent process, so its server may receive our key.
     key = os.environ.get("TINKER_API_KEY")
     return tinkex.SamplingClient.from_sampler_handle(handle, api_key=key)
 
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
 
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
-    ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; this process ends them
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by our threads
+    ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # workers ignore Ctrl-C; this process ends them
     with (
         connect(options) as service,
         ProcessPoolExecutor(options.workers, spawn, signal.signal, ctrl_c) as pool,
@@ -82,7 +82,7 @@ def main() -> None:
             rollouts = list(pool.map(functools.partial(roll_out, handle, step), PROMPTS))
             sampler.close()
             data = [datum for one in rollouts for datum in one.data]
-            if data:  # else all rewards of each group were equal
+            if data:  # empty if the rewards of every group are all equal
                 trainer.train_step(data, "importance_sampling", AdamParams(learning_rate=1e-3))
             rewards = [reward for one in rollouts for reward in one.rewards]
             pids |= {one.worker for one in rollouts}

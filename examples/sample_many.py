@@ -3,8 +3,8 @@
     python examples/sample_many.py                             # on the embedded server
     python examples/sample_many.py --base-url URL --model NAME --count 100000 --out samples.jsonl
 
-Each finished sample is a line of the file.  What the file has is not sampled again; what was in
-flight is, with the same seed.  The budget bounds what one run of the script can use.
+Each finished sample is a line of the file.  Samples in the file are not sampled again; samples that
+were in flight are, with the same seed.  The budget limits what one run of the script can use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prompt_of(index: int) -> ModelInput:
 
 
 def read_finished(path: Path) -> Set[int]:
-    """Return the indices that the file has, and cut off a last line that was not finished."""
+    """Return the indices in the file, and cut off an incomplete last line."""
     if not path.exists():
         return set()
     data = path.read_bytes()
@@ -47,7 +47,7 @@ def connect(options: argparse.Namespace) -> tinkex.ServiceClient:
 
 
 def main() -> int:
-    """Sample what is missing; return 1 if some of it failed."""
+    """Sample the missing prompts; return 1 if some of them failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("samples.jsonl"))
     parser.add_argument("--count", type=int, default=50)

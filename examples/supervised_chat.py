@@ -4,8 +4,8 @@
     python examples/supervised_chat.py --base-url URL --model NAME
     python examples/supervised_chat.py --data my-chats.jsonl --out runs/mine
 
-Only what the assistant says is learnt.  The run is kept in a folder: run it again after anything
-that ends it, and it continues; `tinkex chat runs/supervised_chat` talks to what it made.
+Only the assistant's words are learnt.  The run is kept in a folder: run the script again after any
+interruption, and it continues; `tinkex chat runs/supervised_chat` talks to the trained model.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def main() -> None:
     with connect(options.model, options.base_url) as service:
         trainer = service.create_lora_training_client(options.model, rank=8, seed=0)
         datum = text_datum(TEXT, trainer.get_tokenizer())
-        batches = ([datum] for _ in range(options.steps))  # a generator: made as they are needed
+        batches = ([datum] for _ in range(options.steps))  # a generator makes them when needed
         with trainer.pipeline(batches, "cross_entropy", schedule, depth=2) as steps:
             for step in steps:
                 loss = step.metrics["loss:sum"] / learnt_weight([datum])  # losses are sums

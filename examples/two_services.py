@@ -1,4 +1,4 @@
-"""Use two servers in one program: a student is trained on one with replies of a teacher on another.
+"""Use two servers in one program: train a student on one with replies of a teacher on another.
 
     python examples/two_services.py                            # two embedded servers
     python examples/two_services.py --teacher-url URL --teacher NAME --student smollm2-135m
@@ -30,7 +30,7 @@ def connect(model: str, url: Optional[str], key: Optional[str]) -> tinkex.Servic
 
 
 def datum_of(prompt: ModelInput, response: SampleResponse) -> Datum:
-    """Return what teaches the first reply of *response* to *prompt*."""
+    """Return a datum that teaches the first reply of *response* to *prompt*."""
     reply = response.sequences[0].tokens
     tokens = prompt.to_ints() + reply
     weights = [0.0] * (prompt.length - 1) + [1.0] * len(reply)
@@ -40,7 +40,7 @@ def datum_of(prompt: ModelInput, response: SampleResponse) -> Datum:
 
 
 def main() -> None:
-    """Print the loss of each step, and what either session has used."""
+    """Print the loss of each step, and what each session has used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for role in ("teacher", "student"):
         parser.add_argument(f"--{role}", default="smollm2-135m", help="base model")

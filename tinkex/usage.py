@@ -98,7 +98,7 @@ class UsageRow:
         client: ``"run <id>"`` or ``"sampler <id>"``.
         tag: the client's ``usage_tag`` at the time, or None.
         model: the base model, or None if it is not known here.
-        tokens: by kind.
+        tokens: token counts, by kind.
         usd: the cost at the client's prices; None if the model has no price.
     """
 
@@ -199,7 +199,7 @@ class Ledger:
                     f"{what}: the budget is in USD, but there is no price for model {model!r}",
                     hint=f"Add one to prices=, or a price for any model, under {ANY_MODEL!r}.",
                 )
-            # The sums skip models without a price, but this check has admitted none of those.
+            # `_cost` skips models without a price, but the check above has never admitted any.
             cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
             adds = price.of(most)
             if cost + reserved_usd + adds > budget.usd:

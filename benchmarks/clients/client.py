@@ -48,7 +48,7 @@ def measured(work: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def done(created: Any) -> Any:
-    """Return the created client, of which the official SDK may return a future."""
+    """Return the created client; wait for it if the SDK returned a future."""
     return created.result() if hasattr(created, "result") else created
 
 

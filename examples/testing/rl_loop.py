@@ -1,4 +1,4 @@
-"""A small loop of reinforcement learning: the code to be tested.  See test_rl_loop.py."""
+"""A small reinforcement learning loop: the code under test.  See test_rl_loop.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(
 def datum(
     prompt: types.ModelInput, sequence: types.SampledSequence, advantage: float
 ) -> types.Datum:
-    """Return what trains the tokens of *sequence*, and not those of the prompt."""
+    """Return a datum that trains on the tokens of *sequence*, but not on the prompt."""
     before = prompt.to_ints()
     tokens = [*before, *sequence.tokens]
     unused = [0.0] * (len(before) - 1)

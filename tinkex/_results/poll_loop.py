@@ -1,4 +1,4 @@
-"""PollLoop: polls for the result of one accepted request until it arrives.
+"""PollLoop: polls for one accepted request until its result arrives.
 
 Used by one thread of a poller; `outcomes` decides what a response means (docs/protocol.md,
 "Interpreting a poll").
@@ -250,7 +250,7 @@ class PollLoop:
 def overdue(
     request: PendingRequest[Any], config: Config, *, waited_s: float, silent_s: float
 ) -> Optional[TinkexError]:
-    """Return the error of a request that has taken too long, or had no contact for too long."""
+    """Return the error of a request that took too long, or had no contact for too long; or None."""
     future = request.future
     if config.operation_timeout_s is not None and waited_s >= config.operation_timeout_s:
         return OperationTimeoutError(

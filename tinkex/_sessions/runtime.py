@@ -98,7 +98,7 @@ class Runtime:
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
-        else:  # creating the session shows that the server is there
+        else:  # creating the session shows that the server can be reached
             at_first = config
         self.resources = ClientResources.open(at_first, self._closing)
         self.transport = self.resources.transport

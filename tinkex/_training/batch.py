@@ -178,8 +178,8 @@ def read_pass(
         raise ResponseDecodeError(
             f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
             f"{_count(data, 'datum')}",
-            hint="The result was damaged on its way, or the server is at fault. A backward "
-            "pass was done all the same: the same call again would add the gradient twice.",
+            hint="The result was damaged in transit, or the server is at fault. A backward pass "
+            "was still done: making the same call again would add its gradient twice.",
         )
     with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
     logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]

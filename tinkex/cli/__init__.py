@@ -1,6 +1,6 @@
-"""The command ``tinkex``.  Nothing in the library imports it; it has no threads of its own.
+"""The command ``tinkex``.  Nothing in the library imports it.
 
 ``main`` holds the command group and turns errors into exit codes; ``connect`` opens and closes
-clients; ``output`` writes tables and JSON; the commands themselves are one module each and are
-imported when they are run.
+clients; ``output`` writes tables and JSON.  Each command has a module of its own, which is imported
+when the command is run.
 """

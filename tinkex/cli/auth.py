@@ -1,4 +1,4 @@
-"""``tinkex auth``: the key on this machine, and its owner."""
+"""``tinkex auth``: the API key stored on this machine, and its owner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def auth() -> None:
 def login(base_url: Optional[str]) -> None:
     """Ask for a key, or read it from a pipe; check it, and store it for this user.
 
-    It is stored in ~/.tinker/credentials.json, which only its owner can read.
+    The key is stored in ~/.tinker/credentials.json, which only its owner can read.
     """
     file = CredentialsFile()
     stored = file.default()
@@ -56,10 +56,10 @@ def _config(base_url: Optional[str], api_key: Optional[str] = None) -> Config:
 
 
 def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
-    """Return the id and the entry of a key if the server accepts it; else raise APIError."""
+    """Return the id and the entry to store for a key; APIError if the server rejects it."""
     try:
         found = access.about_key(config)
-    except NotFoundError:  # a server without information about keys
+    except NotFoundError:  # the server has no information about keys
         access.check_access(config)
         return hashlib.sha256(typed.encode()).hexdigest()[:8], StoredKey(typed)
     return str(found.key_id), StoredKey(typed, found.name, "manual", found.note, found.details)
@@ -68,7 +68,7 @@ def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
 @auth.command()
 @base_url_option
 def logout(base_url: Optional[str]) -> None:
-    """Remove the stored key; one made for this machine is revoked, too."""
+    """Remove the stored key; a key generated for this machine is also revoked."""
     file = CredentialsFile()
     stored = file.default()
     if stored is None:
@@ -89,7 +89,7 @@ def logout(base_url: Optional[str]) -> None:
 @base_url_option
 @click.pass_context
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
-    """Show where the key comes from, and whether the server accepts it: exit code 1 if not."""
+    """Show where the key comes from, and whether the server accepts it (exit code 1 if not)."""
     echo(f"Credential: {access.credential_source() or 'none'}")
     config = _config(base_url)
     try:

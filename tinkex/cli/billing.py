@@ -1,4 +1,4 @@
-"""``tinkex billing``: usage, and stored checkpoints."""
+"""``tinkex billing``: usage, and the cost of stored checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def billing() -> None:
 @click.argument("start")
 @click.argument("end")
 @click.option("--csv", "csv_path", metavar="PATH", help='Write the usage as CSV; "-" is stdout.')
-@click.option("--sessions-csv", metavar="PATH", help="Write its sessions' metadata as CSV.")
+@click.option("--sessions-csv", metavar="PATH", help="Write the sessions' metadata as CSV.")
 @with_admin
 def usage(
     admin: tinkex.AdminClient,
@@ -33,7 +33,7 @@ def usage(
     csv_path: Optional[str],
     sessions_csv: Optional[str],
 ) -> None:
-    """Show usage from START until before END: whole hours of UTC, at most 14 days.
+    """Show usage from START to END (exclusive): whole hours of UTC, at most 14 days apart.
 
     Examples: 2026-01-31, 2026-01-31T15:00:00Z.
     """
@@ -71,7 +71,7 @@ def usage(
 
 @billing.command("checkpoint-storage")
 @click.option("--project-id", metavar="ID", help="Only checkpoints of this project.")
-@click.option("--csv", "csv_path", metavar="PATH", help='Write it as CSV; "-" is stdout.')
+@click.option("--csv", "csv_path", metavar="PATH", help='Write the table as CSV; "-" is stdout.')
 @with_admin
 def checkpoint_storage(
     admin: tinkex.AdminClient, project_id: Optional[str], csv_path: Optional[str]

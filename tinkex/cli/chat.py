@@ -40,10 +40,10 @@ def chat(
     system: Optional[str],
     **_options: Any,
 ) -> None:
-    """Talk to a model: each line of input is a message, the model replies to all of them so far.
+    """Talk to a model: each line of input is a message, and the model replies to it.
 
-    RUN_FOLDER is what `tinkex train` has written: the newest weights of the run are sampled, on the
-    server that they were trained on.
+    RUN_FOLDER is a folder that `tinkex train` has written: the run's newest weights are sampled, on
+    the server that they were trained on.
 
     "/new" begins a new conversation.  Ctrl-C stops a reply that is being written; at the prompt,
     Ctrl-C or Ctrl-D ends the command.  An embedded server streams its replies: they are printed
@@ -62,16 +62,16 @@ def chat(
             reply = {"role": "assistant", "content": ""}
             try:
                 _complete(reply, generator, messages, params)
-            except ContextFullError as error:  # the conversation ends, not the command
+            except ContextFullError as error:  # ends the conversation, but not the command
                 echo_error(f"Error: {error}")
                 failed = True
             except KeyboardInterrupt:
                 if not _is_typed():
                     raise
                 echo_error("\nStopped.")
-            # What was written of a reply that was stopped stays in the conversation.
+            # The part of a stopped reply that was printed stays in the conversation.
             messages = [*messages, reply] if reply["content"] else messages[:-1]
-    if failed and not _is_typed():  # a person has seen it
+    if failed and not _is_typed():  # a person has seen the error
         ctx.exit(1)
 
 
@@ -104,10 +104,10 @@ def _is_typed() -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines that are typed, or piped in; blank ones are left out."""
+    """Yield the lines that are typed or piped in, without blank ones."""
     typed = _is_typed()
     if typed:
-        with contextlib.suppress(ImportError):  # Windows has none
+        with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  # gives input() a history and editing
     while True:
         with status_line.hidden():

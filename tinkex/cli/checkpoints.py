@@ -85,13 +85,13 @@ def show_checkpoint(rest: tinkex.RestClient, path: str) -> None:
 
 
 def _details(item: Checkpoint) -> List[str]:
-    """Return its size, whether it is public, when it was created and when it expires."""
+    """Return its size, whether it is public, and when it was created and expires, as text."""
     expires = when(item.expires_at) if item.expires_at else "never"
     return [size(item.size_bytes), "yes" if item.public else "no", when(item.time), expires]
 
 
 def _weights_info(rest: tinkex.RestClient, path: str) -> Dict[str, Any]:
-    """Return how a checkpoint was trained; empty if the server does not report it."""
+    """Return how a checkpoint was trained; an empty dict if the server does not report it."""
     try:
         return rest.get_weights_info_by_tinker_path(path).result().to_wire()
     except RouteMissingError:
@@ -129,8 +129,8 @@ def unpublish(rest: tinkex.RestClient, path: str) -> None:
 
 @checkpoint.command("set-ttl")
 @click.argument("path")
-@click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this long.")
-@click.option("--remove", is_flag=True, help="Keep it until it is deleted by hand.")
+@click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this many seconds.")
+@click.option("--remove", is_flag=True, help="Keep it until you delete it.")
 @with_rest
 def set_ttl(rest: tinkex.RestClient, path: str, ttl: Optional[int], remove: bool) -> None:
     """Set how long the checkpoint at PATH is kept."""

@@ -1,7 +1,7 @@
-"""The base of all commands and groups of ``tinkex``.  No threads of its own.
+"""The base classes of all commands and groups of ``tinkex``.  No threads of their own.
 
-A command shows what it is waiting for and reports the library's errors in terms of its options; a
-group suggests corrections for misspelt commands.
+A command shows what it is waiting for, and its errors name command-line options instead of the
+library's settings; a group suggests corrections for misspelt commands.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Group(click.Group):
         return f"Commands: {', '.join(self.list_commands(ctx))}."
 
     def _elsewhere(self, root: click.Context, name: str) -> List[str]:
-        """Return commands of that name, or a similar one, in all groups."""
+        """Return the commands with that name or a similar one, in all groups."""
         top = root.command
         assert isinstance(top, click.Group)
         groups = [(path, top.get_command(root, path)) for path in top.list_commands(root)]
@@ -99,9 +99,9 @@ class Group(click.Group):
 
 
 def in_flags(text: str, ctx: click.Context) -> str:
-    """Return *text*, of an error, with command-line options for the settings that it names.
+    """Return *text*, part of an error, with settings replaced by command-line options.
 
-    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.
+    For example, ``overwrite=True`` becomes ``--force``, and ``max_tokens`` ``--max-tokens``.
     """
     if not isinstance(text, ErrorText):
         return text
@@ -116,7 +116,7 @@ def in_flags(text: str, ctx: click.Context) -> str:
 
 
 def error_in_flags(error: TinkexError, ctx: click.Context) -> str:
-    """Return the text of *error*, message and hint, as `in_flags` does."""
+    """Return the message and the hint of *error*, converted by `in_flags`."""
     shown = copy.copy(error)
     shown.message = in_flags(error.message, ctx)
     shown.hint = None if error.hint is None else in_flags(error.hint, ctx)
@@ -124,7 +124,7 @@ def error_in_flags(error: TinkexError, ctx: click.Context) -> str:
 
 
 def _flags(ctx: click.Context) -> Dict[str, str]:
-    """Map settings to the command's option for it, or the variable that it came from."""
+    """Map each setting to the command's option for it, or to the variable that it came from."""
     flags = {
         option.name: max(option.opts, key=len)
         for option in ctx.command.params

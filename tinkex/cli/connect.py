@@ -111,12 +111,12 @@ def is_embedded(connection: http.client.HTTPConnection, path: str, headers: Dict
 def open_service(
     base_url: Optional[str], *, local_model: Optional[str] = None, data_dir: Optional[str] = None
 ) -> Iterator[tinkex.ServiceClient]:
-    """Open a session; it ends with the block, marked as interrupted after Ctrl-C.
+    """Open a session that ends with the block, marked as interrupted after Ctrl-C.
 
     Args:
-        base_url: the server, or None for the environment's.
+        base_url: URL of the server; None takes it from the environment.
         local_model: start the embedded server with this model instead.
-        data_dir: folder for checkpoints of the embedded server; None keeps none.
+        data_dir: folder for the embedded server's checkpoints; None keeps none.
     """
     if local_model is not None:
         status_line.waiting_for(f"loading {local_model}")
@@ -130,14 +130,14 @@ def open_service(
 
 @contextmanager
 def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
-    """Open a client without a session for lists and records; it closes with the block."""
+    """Open a client without a session, for lists and records; it is closed with the block."""
     config = find_server(base_url)
     with explained(config), tinkex.RestClient(base_url=config.base_url) as rest:
         yield rest
 
 
 def with_rest(command: Callable[..., None]) -> Callable[..., None]:
-    """Call *command* with an open RestClient as *rest*; add the options ``--base-url``, ``-f``."""
+    """Have *command* called with an open RestClient as *rest*; add ``--base-url`` and ``-f``."""
 
     @functools.wraps(command)
     def run(*args: Any, base_url: Optional[str], **given: Any) -> None:
@@ -148,7 +148,7 @@ def with_rest(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_admin(command: Callable[..., None]) -> Callable[..., None]:
-    """Call *command* with an open AdminClient as *admin*; add the options as `with_rest` does."""
+    """Have *command* called with an open AdminClient as *admin*; add options like `with_rest`."""
 
     @functools.wraps(command)
     def run(base_url: Optional[str], **given: Any) -> None:
@@ -161,27 +161,27 @@ def with_admin(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Add the server and advice to errors of the block."""
+    """Add the server's address and advice to errors raised in the block."""
     try:
         yield
     except APIError as error:
         explain(error, config)
         raise
-    except SessionLostError as error:  # the session that this command opened
+    except SessionLostError as error:  # this command opened the session
         error.hint = "Run the command again."
         raise
 
 
 def explain(error: APIError, config: Config) -> None:
-    """Add the server of *config* and advice to *error*."""
-    # The messages of failed connections name the server themselves.
+    """Add the address of *config*'s server and advice to *error*."""
+    # The messages of failed connections name the server already.
     if config.host_and_port not in error.message:
         error.message = ErrorText(f"{config.host_and_port}: ", error.message)
     error.hint = advice(error)
 
 
 def advice(error: APIError) -> Optional[str]:
-    """Return advice about *error*: its own hint, or one by its type."""
+    """Return advice about *error*: its own hint, or one chosen by its type."""
     if error.hint is not None:
         return error.hint
     if error.status is not None and error.status >= 500:
@@ -200,7 +200,7 @@ def advice(error: APIError) -> Optional[str]:
 
 
 def check_path(path: str) -> ParsedCheckpointTinkerPath:
-    """Parse a ``tinker://`` path; the InvalidInputError explains where to find one."""
+    """Parse a ``tinker://`` path; the InvalidInputError says where to find valid ones."""
     try:
         return locate_checkpoint(path)
     except InvalidInputError as error:
@@ -212,7 +212,7 @@ def check_path(path: str) -> ParsedCheckpointTinkerPath:
 
 @contextmanager
 def existing(path: str) -> Iterator[None]:
-    """Check a ``tinker://`` path; report it in the block if the server has no such checkpoint."""
+    """Check a ``tinker://`` path; in the block, say so if the server has no such checkpoint."""
     check_path(path)
     try:
         yield
@@ -227,11 +227,11 @@ def existing(path: str) -> Iterator[None]:
 
 
 def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int) -> List[T]:
-    """Return *limit* items of a list, or all if it is 0, fetched page by page.
+    """Return the first *limit* items of a list (all if it is 0), fetched page by page.
 
     Args:
         fetch: returns the items of one page, given its size and its offset.
-        page_size: the size of the largest page.
+        page_size: the largest size of a page.
     """
     found: List[T] = []
     while limit == 0 or len(found) < limit:
@@ -244,7 +244,7 @@ def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int
 
 
 def base_sampler(service: tinkex.ServiceClient, model: str) -> tinkex.SamplingClient:
-    """Return a client of the base *model*; the error for an unknown one names the remedy."""
+    """Return a client of the base *model*; the error for an unknown model names the remedy."""
     try:
         return service.create_sampling_client(base_model=model)
     except (BadRequestError, NotFoundError, UnprocessableEntityError) as error:
@@ -253,13 +253,13 @@ def base_sampler(service: tinkex.ServiceClient, model: str) -> tinkex.SamplingCl
 
 
 def context_length(service: tinkex.ServiceClient, model: Optional[str]) -> Optional[int]:
-    """Return the context length of *model* in tokens; None if the server does not say.
+    """Return the context length of *model* in tokens; None if the server does not report it.
 
-    Without a *model*, of the only one that the server has.
+    If *model* is None, the server's only model is meant.
     """
     try:
         models = service.get_server_capabilities().supported_models
-    except RouteMissingError:  # then the server decides
+    except RouteMissingError:  # leave it to the server to refuse longer prompts
         return None
     lengths = {found.max_context_length for found in models if model in (None, found.model_name)}
     return lengths.pop() if len(lengths) == 1 else None

@@ -31,11 +31,11 @@ Token = Tuple[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A datum of an example, or why there is none.
+    """A datum of an example, or the reason why there is none.
 
     Attributes:
-        part: which of the datums of a preference; empty for other examples.
-        cut_from: the tokens that its input would have had, if it was cut.
+        part: ``"chosen"`` or ``"rejected"`` for a preference; empty for other examples.
+        cut_from: if the datum was cut, the number of tokens that its input had before.
     """
 
     line: int
@@ -75,7 +75,7 @@ def data() -> None:
 @click.option("--limit", default=3, show_default=True, type=click.IntRange(min=0),
               help="Number of examples to show; 0 shows all.")  # fmt: skip
 @click.option("--learn", default="all", show_default=True, type=click.Choice(["all", "last"]),
-              help="Of a conversation, learn all of the assistant's messages, or the last.",
+              help="Learn all of the assistant's messages in a conversation, or only the last.",
               )  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Cut longer examples.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines out.")
@@ -91,9 +91,9 @@ def show(
 ) -> None:
     """Show the tokens of the examples in FILE (JSONL), coloured by their weight.
 
-    What is learnt is green (yellow for weights other than 1, red for negative ones), everything
-    else is dim.  Without colours, what is learnt stands between {+ and +}, with its weight if that
-    is not 1.  The exit code is 1 if an example cannot be used.
+    Learnt tokens are green (yellow for weights other than 1, red for negative weights), all others
+    are dim.  Without colours, learnt tokens stand between {+ and +}, with their weight if it is not
+    1.  The exit code is 1 if an example cannot be used.
     """
     with warnings_in_words():
         examples = open_examples(file, skip_bad=skip_bad)
@@ -131,14 +131,14 @@ def _load_tokenizer(model: str) -> Any:
     from tinkex.clients.tokenizers import WITHOUT_TOKENIZER, load_tokenizer
     from tinkex.local.engines.models import resolve
 
-    # Needs no extra to tell that it has none.
+    # Don't resolve the model without a tokenizer, so that its error needs no extra installed.
     return load_tokenizer(model if model == WITHOUT_TOKENIZER else resolve(model).source)
 
 
 def _made(
     example: Example, tokenizer: Any, learn: str, max_tokens: Optional[int]
 ) -> Dict[str, Datum]:
-    """Return the datums of an example, by the part of it that each is of."""
+    """Return the datums of an example by part; see `_Shown`."""
     if isinstance(example, Preference):
         both = preference_data(example, tokenizer, max_tokens=max_tokens)
         return dict(zip(("chosen", "rejected"), both))
@@ -152,7 +152,7 @@ def _datums(
     kind = type(example).__name__.lower()
     try:
         made = _made(example, tokenizer, learn, max_tokens)
-        cuts: Dict[str, int] = {}  # by part, the length of what was cut
+        cuts: Dict[str, int] = {}  # part -> the original length of a datum that was cut
         if max_tokens is not None:
             for part, datum in _made(example, tokenizer, learn, None).items():
                 if datum.model_input.length > max_tokens:
@@ -186,7 +186,7 @@ def _print(shown: _Shown) -> None:
 
 
 def _spans(tokens: Tuple[Token, ...]) -> Iterator[Token]:
-    """Join neighbours of the same weight."""
+    """Join adjacent tokens of the same weight."""
     for weight, group in itertools.groupby(tokens, key=lambda token: token[1]):
         yield "".join(text for text, _ in group), weight
 

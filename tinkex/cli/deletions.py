@@ -1,4 +1,4 @@
-"""``tinkex checkpoint delete``: given checkpoints, or those of a run that match a filter."""
+"""``tinkex checkpoint delete``: delete given checkpoints, or all of a run that match a filter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tinkex.types.checkpoint_path import KINDS
 
 
 def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) -> Optional[datetime]:
-    """Parse ISO 8601; times without a zone are UTC."""
+    """Parse an ISO 8601 time; without a time zone, it is in UTC."""
     if value is None:
         return None
-    # Python before 3.11 does not parse Z.
+    # Python before 3.11 cannot parse "Z".
     text = f"{value[:-1]}+00:00" if value[-1:] in "Zz" else value
     try:
         found = datetime.fromisoformat(text)
@@ -39,7 +39,7 @@ def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) ->
     "--type",
     "kind",
     type=click.Choice([*KINDS, *KINDS.values()]),
-    help="With --run-id: only of this kind.",
+    help="With --run-id: only checkpoints of this kind.",
 )
 @click.option(
     "--before", metavar="TIME", callback=_instant, help="With --run-id: created before this."
@@ -63,7 +63,7 @@ def delete(
 ) -> None:
     """Delete the checkpoints at PATH... (tinker://...) permanently.
 
-    With --run-id, delete those of a training run, filtered by --type, --before and --after.
+    With --run-id, delete the checkpoints of a training run that match --type, --before and --after.
     """
     if bool(paths) == bool(run_id):
         raise click.UsageError("give paths, or --run-id")
@@ -111,15 +111,15 @@ def _of_run(
 
 
 def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
-    """Delete *paths* concurrently; return those that failed, with the error."""
+    """Delete *paths* concurrently; return the paths that failed, with their errors."""
     failed = []
     status_line.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
-    # All are under way before the first is waited for.
+    # Send all requests before waiting for the first one.
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
             future.result()
-        except APIError as error:  # the others are deleted all the same
+        except APIError as error:  # go on: the others are deleted all the same
             explain(error, rest.config)
             failed.append((path, error))
     return failed

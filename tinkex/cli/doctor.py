@@ -1,7 +1,7 @@
-"""``tinkex doctor``: what does not work between this machine and the server, and why.
+"""``tinkex doctor``: finds out what does not work between this machine and the server, and why.
 
-The checks of the network are in `network_checks`; the server is asked through the library's own
-transport.  No threads; each check blocks for some seconds at most.
+The network checks are in `network_checks`; the server's checks use the library's own transport.  No
+threads; each check blocks for a few seconds at most.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tinkex.types import GetServerCapabilitiesResponse
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
-#: Requests whose round trips are measured.
+#: Number of requests whose round trips are measured.
 _TRIPS = 5
 
 
@@ -63,9 +63,9 @@ _TRIPS = 5
 def doctor(ctx: click.Context, base_url: Optional[str]) -> None:
     """Check the settings, the network and the server, one after the other.
 
-    Each check is one line: ok, failed or skipped, what was found, and for a failure whose fault it
-    is and what to do.  The exit code is 1 if a check has failed.  A session is opened for this, and
-    ended; nothing is trained or sampled.
+    Each check prints one line: ok, failed or skipped, and what was found; for a failure, also what
+    is at fault and what to do.  The exit code is 1 if a check failed.  The command opens a session
+    and ends it; nothing is trained or sampled.
     """
     made: List[Check] = []
     checks = Diagnosis(base_url).run(lambda name: status_line.waiting_for(f"checking: {name}"))
@@ -116,23 +116,23 @@ class Diagnosis:
     """Checks everything between this machine and one server.  For one thread.
 
     Args:
-        base_url: of the option ``--base-url``, if it was given.
+        base_url: value of the option ``--base-url``, if it was given.
     """
 
     def __init__(self, base_url: Optional[str]) -> None:
         self._given_url = base_url
-        self._config = Config(DEFAULT_BASE_URL)  # until the settings were read
+        self._config = Config(DEFAULT_BASE_URL)  # replaced once the settings are read
         self._transport: Optional[Transport] = None
         self._session_id: Optional[str] = None
         self._health: Optional[Request] = None  # a request that the server responds to
-        self._codings: List[str] = []  # of responses
+        self._codings: List[str] = []  # the content encodings of the responses
 
     def run(self, on_start: Callable[[str], object]) -> Generator[Check, None, None]:
-        """Make the checks, one after the other; *on_start* is called with the name of each.
+        """Make the checks, one after the other; call *on_start* with the name of each.
 
-        The session that is opened for them is ended when the generator is closed.
+        Closing the generator ends the session that was opened for the checks.
         """
-        # If one of the first checks fails, those after it could only fail as well.
+        # The flag marks checks without which all later checks would fail as well.
         checks: Tuple[Tuple[str, Callable[[], str], bool], ...] = (
             ("settings", self._check_settings, True),
             ("key", self._check_key, False),
@@ -185,7 +185,7 @@ class Diagnosis:
             if self._session_id is not None:
                 finish_session(transport, self._session_id, "success", "tinkex doctor", 2.0)
         except TinkexError:
-            pass  # the server ends the session by itself, without heartbeats
+            pass  # without heartbeats, the server ends the session by itself
         finally:
             transport.abort()
 
@@ -196,7 +196,7 @@ class Diagnosis:
 
     def _check_settings(self) -> str:
         base_url, source = chosen_server(self._given_url)
-        # Short timeouts: an outage is to be reported, while a session would wait for its end.
+        # Short timeouts: the command should report an outage, not wait for its end.
         self._config = Config.resolve(
             base_url=base_url,
             startup_timeout_s=PATIENCE_S / 2,
@@ -232,7 +232,7 @@ class Diagnosis:
     def _ask(self, path: str, **details: Any) -> Reply:
         request = Request("GET", path, traffic="control", **details)
         reply = ask_once(self._open_transport, request)
-        # A route that responds is used for the round trips: not all servers have healthz.
+        # Measure round trips with a route that responds: not all servers have healthz.
         self._health = self._health or request
         self._codings.append(reply.headers.get("content-encoding", "none"))
         return reply

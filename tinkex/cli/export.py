@@ -1,4 +1,4 @@
-"""``tinkex export``: a trained model as a folder that other programs load."""
+"""``tinkex export``: write a trained model to a folder that other programs can load."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tinkex.types.checkpoint_path import SCHEME
 def export(
     source: str, dest: str, merge: bool, base_model: Optional[str], base_url: Optional[str]
 ) -> None:
-    """Write the trained weights of SOURCE to a folder that transformers loads.
+    """Write the trained weights of SOURCE to a folder that transformers can load.
 
-    SOURCE is a run folder, a checkpoint (tinker://...), or the folder of an adapter.  The adapter
-    is written for PEFT's AutoPeftModelForCausalLM; with --merge, the whole model for
-    AutoModelForCausalLM.
+    SOURCE is a run folder, a checkpoint (tinker://...), or the folder of an adapter.  Without
+    --merge, the adapter is written, for PEFT's AutoPeftModelForCausalLM; with --merge, the whole
+    model, for AutoModelForCausalLM.
     """
     status_line.waiting_for(f"exporting {source}")
     with progress_bar("Downloading") as report, _client(source, base_url) as rest:
@@ -61,7 +61,7 @@ def export(
 
 
 def _steps_of(source: str) -> Optional[str]:
-    """Return the steps of a run folder's newest weights, for people; None for other sources."""
+    """Return the steps of a run folder's newest weights as text; None for other sources."""
     if not (Path(source).expanduser() / JOURNAL_NAME).is_file():
         return None
     record = tinkex.read_run(Path(source).expanduser())
@@ -71,7 +71,10 @@ def _steps_of(source: str) -> Optional[str]:
 
 @contextlib.contextmanager
 def _client(source: str, base_url: Optional[str]) -> Iterator[Optional[tinkex.RestClient]]:
-    """Yield a client for a path; a run folder has a server of its own, an adapter needs none."""
+    """Yield a client for a ``tinker://`` path; None for a run folder or an adapter.
+
+    A run folder names its server, and an adapter needs none.
+    """
     if source.startswith(SCHEME):
         check_path(source)
         with open_rest(base_url) as rest, existing(source):

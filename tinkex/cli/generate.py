@@ -50,7 +50,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_LOCAL_MODEL = "smollm2-135m"
 
 _ENDPOINT = "/oai/api/v1"
-#: Seconds without a byte; while the engine is busy, a stream has a comment every 2 s.
+#: Seconds without a byte after which a stream is broken.  While the engine is busy, the server
+#: sends a comment every 2 s.
 _TIMEOUT_S = 120.0
 
 _MODEL_OPTIONS = (
@@ -93,7 +94,7 @@ def sampling_options(command: F) -> F:
 
 
 def check_model_options(ctx: click.Context) -> None:
-    """Raise UsageError if the options name two models, or no checkpoint's path."""
+    """Raise UsageError if the options name two models; check the path of a checkpoint."""
     given = ctx.params
     if given["run_folder"] is not None:
         others = ("model_path", "base_model", "local", "data_dir")
@@ -129,7 +130,7 @@ def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generato
     from tinkex import recipes
 
     status_line.waiting_for(f"opening the server of {folder}")
-    if base_url is None and recipes.server_of(folder) is None:  # an older version made the run
+    if base_url is None and recipes.server_of(folder) is None:  # a run of an older version
         base_url = find_server(None).base_url
     service, record = recipes.open_service(folder, base_url)
     with service, explained(service.config):
@@ -139,9 +140,9 @@ def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generato
 
 
 def sampling_params(ctx: click.Context) -> types.SamplingParams:
-    """Return what `sampling_options` and ``--max-tokens`` ask for.
+    """Return the parameters given by `sampling_options` and ``--max-tokens``.
 
-    UsageError names an option whose value is out of range.
+    Raises UsageError, which names the option, if a value is out of range.
     """
     given = ctx.params
     params = types.SamplingParams(
@@ -159,12 +160,12 @@ def sampling_params(ctx: click.Context) -> types.SamplingParams:
     return params
 
 
-#: Before the server was asked.
+#: The context length, before the server was asked for it.
 _UNKNOWN = -1
 
 
 class ContextFullError(InvalidInputError):
-    """A conversation fills the context of its model."""
+    """The conversation fills the model's context."""
 
 
 class Generator:
@@ -172,8 +173,8 @@ class Generator:
 
     Args:
         service: an open session.
-        model_path: the checkpoint; None for a base model.
-        base_model: its name; None takes the only one that the server has.
+        model_path: path of the checkpoint to sample; None for a base model.
+        base_model: name of the base model; None takes the only one that the server has.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Generator:
             self._sampler = base_sampler(service, self._model)
         status_line.waiting_for("loading the tokenizer")
         self.tokenizer: Any = self._sampler.get_tokenizer()
-        self._streams: Optional[bool] = None  # whether the server does; None before it was asked
+        self._streams: Optional[bool] = None  # whether the server streams; None if not yet asked
 
     def sample(
         self, tokens: List[int], params: types.SamplingParams, count: int
@@ -208,24 +209,24 @@ class Generator:
         ).result()
 
     def read(self, tokens: List[int]) -> str:
-        """Return the text of *tokens* without special ones."""
+        """Return the text of *tokens* without special tokens."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def pieces(self, tokens: List[int], params: types.SamplingParams) -> Iterator[str]:
-        """Yield the text of one continuation of *tokens* as it comes."""
+        """Yield the text of one continuation of *tokens*, piece by piece as it arrives."""
         if self._streams is None:
             self._streams = _offers_streams(self._config)
         if not self._streams:
             yield self.read(self.sample(tokens, params, 1).sequences[0].tokens)
             return
         status_line.waiting_for(f"waiting for {self._config.host_and_port} to sample")
-        # Tokens, not text: the endpoint would encode a text by rules of its own.
+        # Send tokens, because the endpoint would encode text by its own rules.
         body = {"model": self._model, "prompt": tokens, "stream": True, **params.to_json()}
         yield from _stream(self._config, {**body, "include_stop_str_in_output": True})
 
     def fitting(self, params: types.SamplingParams, prompt_tokens: int) -> types.SamplingParams:
-        """Return *params* with no more ``max_tokens`` than the model's context has room for.
+        """Return *params* with ``max_tokens`` limited to the room left in the model's context.
 
         Raises:
             ContextFullError: the prompt fills the context.
@@ -245,7 +246,10 @@ class Generator:
         return dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
 
     def chat_tokens(self, messages: List[Dict[str, str]], advice: str) -> List[int]:
-        """Return the tokens of a conversation up to the reply; *advice* if there is no template."""
+        """Return the tokens of a conversation, up to where the reply begins.
+
+        Raises InvalidInputError, with *advice* as its hint, if the model has no chat template.
+        """
         if not self.tokenizer.chat_template:
             raise InvalidInputError("the model has no chat template", hint=advice)
         text = self.tokenizer.apply_chat_template(
@@ -256,8 +260,8 @@ class Generator:
 
 
 def write_pieces(pieces: Iterator[str]) -> str:
-    """Write *pieces* to stdout as they come, then a newline; return the text."""
-    first = next(pieces, "")  # the status line is shown until then
+    """Write *pieces* to stdout as they arrive, then a newline; return the text."""
+    first = next(pieces, "")  # the status line is shown until the first piece arrives
     parts: List[str] = []
     out = sys.stdout
     with status_line.hidden():
@@ -286,14 +290,14 @@ def _only_model(service: tinkex.ServiceClient) -> str:
 
 def _offers_streams(config: Config) -> bool:
     """Return whether the server is an embedded one that can be reached directly."""
-    # By plain http.client, without the library's retries and proxies: where a proxy is needed, this
+    # With plain http.client, which knows no retries and no proxies: if a proxy is needed, this
     # fails, and the text comes in one piece over the protocol.
     connection = _connect(config, timeout_s=5.0)
     return is_embedded(connection, _path(config, "models"), _headers(config))
 
 
 def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
-    """Yield the pieces of one completion.  Left early, it has the server stop sampling."""
+    """Yield the pieces of one completion.  If closed early, the server stops sampling."""
     connection = _connect(config, timeout_s=_TIMEOUT_S)
     try:
         headers = {**_headers(config), "Content-Type": "application/json"}
@@ -314,7 +318,7 @@ def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
                 if "error" in event:
                     raise _failure(event)
                 yield event["choices"][0]["text"]
-        # A complete stream ends with [DONE]; this text may lack its end.
+        # A complete stream ends with [DONE], so the end of this text may be missing.
         raise APIConnectionError(f"{config.host_and_port}: the stream ended early")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise APIConnectionError(f"{config.host_and_port}: the stream broke: {error}") from error

@@ -24,7 +24,7 @@ from tinkex.cli.signals import (
     raise_lost_interrupts,
 )
 
-#: Command -> its location and its summary; imported only when it is run.
+#: Command -> its location and its summary; a command is imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
     "auth": ("tinkex.cli.auth:auth", "Store a key, and check whether it works."),
     "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
@@ -55,8 +55,8 @@ class LazyGroup(Group):
     def invoke(self, ctx: click.Context) -> Any:
         with terminal.write_errors():
             result = super().invoke(ctx)
-            # Here a full disk or a closed pipe is an error of the command; at exit, Python would
-            # report it with a traceback and exit code 120.
+            # Flush here, so that a full disk or a closed pipe is an error of the command: at exit,
+            # Python would report it with a traceback and exit code 120.
             terminal.flush_output()
         return result
 
@@ -98,15 +98,15 @@ def version() -> None:
 
 
 def run_command(args: Optional[Sequence[str]] = None) -> int:
-    """Run the command line *args* (by default the process's own) and return its exit code."""
+    """Run the command line *args* (default: the process's arguments); return the exit code."""
     try:
-        # Standalone mode would write errors itself, and end the process.
+        # In standalone mode, click would print errors itself and end the process.
         result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
     except click.UsageError as error:
         _show_usage(error)
         return error.exit_code
     except click.ClickException as error:
-        # transformers reports Ctrl-C in one of its late imports as an ImportError of its own.
+        # transformers turns Ctrl-C during one of its late imports into an ImportError.
         if is_interrupt(error):
             terminal.echo_error("Interrupted.")
             return INTERRUPTED
@@ -115,7 +115,7 @@ def run_command(args: Optional[Sequence[str]] = None) -> int:
     except (click.Abort, KeyboardInterrupt):  # click converts KeyboardInterrupt to Abort
         terminal.echo_error("Interrupted.")
         return INTERRUPTED
-    # --help and the like return an exit code, commands nothing.
+    # Options such as --help return an exit code; commands return None.
     return result if isinstance(result, int) else 0
 
 
@@ -135,9 +135,9 @@ def main() -> NoReturn:
     try:
         code = run_command()
         exit_at_interrupt()
-    except KeyboardInterrupt:  # a second Ctrl-C while the first is reported
+    except KeyboardInterrupt:  # a second Ctrl-C while the first one is reported
         code = INTERRUPTED
-    # Have the interpreter's last collections skip what exists now: with torch and transformers
-    # imported, they would take seconds after the last line of output.
+    # Exclude all existing objects from the interpreter's final collections: with torch and
+    # transformers imported, the process would live on for seconds after its last line of output.
     gc.freeze()
     sys.exit(code)

@@ -1,7 +1,7 @@
-"""The checks of ``tinkex doctor`` that need no server of the protocol: proxy, CA, DNS, TCP, TLS.
+"""The network checks of ``tinkex doctor``: proxy, CA bundle, DNS, TCP, TLS.
 
-They use plain sockets, since an HTTP request reports only the first of them that fails.  Each
-returns what it found, or raises `Skipped` or `Failed`; it blocks for some seconds at most.
+They use plain sockets, because an HTTP request would report only the first failure.  Each check
+returns what it found, or raises `Skipped` or `Failed`; it blocks for a few seconds at most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinkex._runtime.base_url import proxy_variable
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.config import CA_VARIABLES, Config
 
-#: One attempt of anything may take this long, in seconds.
+#: Timeout of a single attempt, in seconds.
 PATIENCE_S = 10.0
 
 CHECK_PROXY = (
@@ -52,7 +52,7 @@ def check_proxy(config: Config) -> str:
 
 
 def check_ca_bundle(config: Config) -> str:
-    """Return the CA bundle that certificates are checked with, and where it is set."""
+    """Return the CA bundle that certificates are verified with, and where it is set."""
     if not config.base_url.startswith("https:"):
         raise Skipped("not needed for http")
     _tls_context(config)
@@ -81,8 +81,8 @@ def _tls_context(config: Config) -> ssl.SSLContext:
 
 
 def _address(config: Config) -> Tuple[str, int]:
-    """Return host and port that connections are made to: the proxy's, if there is one."""
-    # A proxy resolves the server's name itself, and it may be the only one that can.
+    """Return the host and port to connect to: those of the proxy, if there is one."""
+    # A proxy resolves the server's name itself; this machine may not be able to.
     parts = urlsplit(config.proxy or config.base_url)
     default = {"https": 443, "http": 80}.get(parts.scheme, 1080)
     return str(parts.hostname), parts.port or default
@@ -199,7 +199,7 @@ def _distrust(why: str) -> Failed:
 
 
 def _without_password(proxy: str) -> str:
-    """Return a proxy's scheme, host and port without the password that its URL may hold."""
+    """Return a proxy's scheme, host and port, without the password that its URL may contain."""
     parts = urlsplit(proxy)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname}{port}"

@@ -65,7 +65,7 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str, *, as_json: Any = None) -> None:
-    """Print *text*; *as_json* if JSON was requested, or nothing if that is None."""
+    """Print *text*.  If JSON was requested, print *as_json* instead, or nothing if it is None."""
     if not wants_json():
         echo(text)
     elif as_json is not None:
@@ -85,7 +85,7 @@ def print_table(
         return
     lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *lines)]
-    # A terminal would wrap the rows, and a path could not be copied in one piece.
+    # The terminal would wrap the rows, so that a path could not be copied in one piece.
     if sum(widths) + 2 * len(widths) - 2 > _columns():
         blocks = [_facts(list(zip(columns, line))) for line in lines]
         echo("\n\n".join([title, *blocks]))
@@ -95,7 +95,10 @@ def print_table(
 
 
 def print_facts(title: str, rows: Iterable[Sequence[str]], *, as_json: Any = None) -> None:
-    """Print pairs of a name and a value, one per line, without wrapping; or *as_json*, as above."""
+    """Print pairs of a name and a value, one per line, without wrapping.
+
+    Or print *as_json*, as `print_table` does.
+    """
     if as_json is not None and wants_json():
         print_json(as_json)
         return
@@ -143,7 +146,7 @@ def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
     """Show progress in bytes on stderr; yield a function to report it with (done, total)."""
-    line = status_line.current()  # looked up here, because other threads report the progress
+    line = status_line.current()  # looked up here, because other threads may report the progress
     if line is None or not line.live:
 
         def in_words(done: int, total: Optional[int]) -> None:
@@ -183,7 +186,7 @@ def count(n: int, noun: str, plural: Optional[str] = None) -> str:
 
 
 def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
-    """Return a time as text: how long ago, or the date if that is over 30 days."""
+    """Return a time as text: how long ago it was, or its date if that is over 30 days."""
     if instant is None:
         return "-"
     seconds = ((now or datetime.now(timezone.utc)) - instant).total_seconds()
@@ -197,7 +200,7 @@ def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
 
 @contextmanager
 def warnings_in_words() -> Iterator[None]:
-    """Print warnings of the block without the place in the code that they come from."""
+    """Print the block's warnings without the place in the code that raised them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:

@@ -45,8 +45,8 @@ def sample(
 ) -> None:
     """Continue PROMPT and print the text; "-" reads the prompt from stdin.
 
-    Several samples are separated by a line "---".  An embedded server streams a single one: it is
-    printed token by token.
+    Several samples are separated by a line "---".  An embedded server streams a single sample: it
+    is printed token by token.
     """
     check_model_options(ctx)
     if num_samples < 1:

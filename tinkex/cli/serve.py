@@ -1,4 +1,4 @@
-"""``tinkex serve``: the embedded server in the foreground, until Ctrl-C or SIGTERM."""
+"""``tinkex serve``: run the embedded server in the foreground, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def serve(
 ) -> None:
     """Serve the Tinker API on this machine, with one base model.
 
-    The URL is printed once the server is ready.  Ctrl-C stops it.  Each request is logged on
-    stderr: time, method, path, status and duration.
+    The URL is printed once the server is ready.  Ctrl-C stops the server.  Each request is logged
+    on stderr: time, method, path, status and duration.
     """
     from tinkex.local.http.admission import read_hosts
     from tinkex.local.server import LocalServer, check_bind, check_folder, load_engine
@@ -75,7 +75,7 @@ def serve(
     try:
         with signals.installed():
             read_hosts(allowed_hosts)
-            # Checked before the model is loaded, which takes long.
+            # Check before loading the model, which takes a while.
             check_bind(host, port, api_key)
             folder = data_dir or default_data_dir()
             check_folder(folder)
@@ -91,7 +91,7 @@ def serve(
                 settings=ServerSettings(allowed_hosts=allowed_hosts),
                 access_log=None if quiet else _log_request,
             )
-            # From here on a signal must not interrupt: it could hit the closing of the server.
+            # From here on, signals must not raise: one could interrupt the server while it closes.
             signals.hold()
             with server, status_line.hidden():
                 echo(
@@ -105,13 +105,13 @@ def serve(
     except LocalServerError:
         if signals.code is None:
             raise
-        code = signals.code  # some libraries replace the interrupt by an error of their own
+        code = signals.code  # some libraries convert the interrupt to an error of their own
     echo_error("stopped")
     ctx.exit(code)
 
 
 def _log_request(line: str) -> None:
-    """Write a line of the access log; called by the threads that handle requests."""
+    """Write a line to the access log; called by the threads that handle requests."""
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

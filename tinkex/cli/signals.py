@@ -1,6 +1,6 @@
 """Handling of SIGINT and SIGTERM.
 
-Main thread only, because Python runs signal handlers there.
+For the main thread, where Python runs signal handlers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Iterator, List, Optional
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
 
-#: Delay before a lost interrupt is raised again.
+#: Delay before a lost interrupt is raised again, in seconds.
 _LATER_S = 0.01
 
 #: Exit code of ``tinkex serve`` for each signal.
@@ -34,27 +34,27 @@ class Ended(KeyboardInterrupt):
 
 
 class EndSignals:
-    """How ``tinkex serve`` ends: the first SIGINT or SIGTERM decides, later ones are ignored.
+    """Ends ``tinkex serve``: the first SIGINT or SIGTERM sets the exit code.
 
-    Signals raise Ended; after `hold` they only end `wait`, so that a second signal cannot interrupt
-    the server while it closes.
+    Signals raise Ended.  After `hold`, a signal only ends `wait`, so that it cannot interrupt the
+    server while it closes.
     """
 
     def __init__(self) -> None:
         self.code: Optional[int] = None
         self._holding = False
-        # Receives a byte per signal: on Windows only input interrupts a wait.
+        # Receives one byte per signal, because on Windows only input can interrupt a wait.
         self._read, self._written = socket.socketpair()
         self._written.setblocking(False)
 
     def hold(self) -> None:
-        """Stop raising Ended."""
+        """From now on, don't raise Ended."""
         self._holding = True
 
     def wait(self) -> int:
         """Block until a signal arrives; return the exit code."""
-        # Python writes a byte when a signal arrives, and runs `_handle` once recv has returned: a
-        # signal before this call has left its byte behind, so that none is missed.
+        # Python writes a byte when a signal arrives, and runs `_handle` once recv has returned.  A
+        # signal that arrived before this call has left its byte in the socket, so none is missed.
         while self.code is None:
             self._read.recv(64)
         return self.code
@@ -67,7 +67,7 @@ class EndSignals:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals in the block; once one has arrived, ignore them afterwards."""
+        """Handle the signals in the block; if one has arrived, ignore all of them afterwards."""
         before = {signum: signal.signal(signum, self._handle) for signum in _CODES}
         wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         try:
@@ -82,8 +82,8 @@ class EndSignals:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether *error* stands for a KeyboardInterrupt, which some libraries convert."""
-    seen: List[BaseException] = []  # an error can be its own cause's context
+    """Whether a KeyboardInterrupt caused *error*: some libraries convert it."""
+    seen: List[BaseException] = []  # causes and contexts can form a cycle
     found: Optional[BaseException] = error
     while found is not None and found not in seen:
         if isinstance(found, KeyboardInterrupt):
@@ -96,15 +96,15 @@ def is_interrupt(error: BaseException) -> bool:
 def exit_at_interrupt() -> None:
     """Make Ctrl-C end the process without a traceback while it exits."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # os._exit, because an exception in the interpreter's last steps is printed and ignored.
+        # os._exit, because the interpreter prints and ignores an exception raised while it exits.
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
 
 
 def raise_lost_interrupts() -> None:
-    """Raise a KeyboardInterrupt again if Python ignored it.
+    """Have every KeyboardInterrupt that Python ignores raised again.
 
-    Python ignores exceptions in ``__del__`` and in callbacks of the garbage collector, where
-    imports of torch or transformers spend much of their time; the command would not stop.
+    Python ignores exceptions in ``__del__`` and in callbacks of the garbage collector.  Imports of
+    torch or transformers spend much of their time there, so Ctrl-C might not stop the command.
     """
     report = sys.unraisablehook
 

@@ -14,7 +14,7 @@ from tinkex.cli.commands import Command
 from tinkex.cli.output import count, format_option, print_table, when
 from tinkex.runs import read_run
 
-#: A process that has not written its status for this long, in seconds, is worth a remark.
+#: A process whose status is older than this, in seconds, gets a remark.
 _LATE_S = 60.0
 
 
@@ -24,10 +24,10 @@ _LATE_S = 60.0
 def status(folders: Tuple[str, ...]) -> None:
     """Show the sessions of this user's programs on this machine, and their work in flight.
 
-    With run folders, show how far these runs are instead, also after their programs have ended.
+    Given run folders, show the progress of those runs instead, even if their programs have ended.
 
-    What is in flight is up to ten seconds old.  Programs that only list or download things have no
-    session, and are not shown.
+    The information is up to ten seconds old.  Programs that only list or download things have no
+    session and are not shown.
     """
     if folders:
         _show_runs(folders)

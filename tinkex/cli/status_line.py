@@ -1,7 +1,7 @@
-"""The status line: what a command is waiting for, on stderr.
+"""The status line: shows on stderr what a command is waiting for.
 
-On a terminal it is redrawn every second and erased before anything else is printed; otherwise it is
-a series of lines at doubling intervals, up to a minute.  The environment variable
+On a terminal, the line is redrawn every second and erased before anything else is printed.
+Elsewhere, lines are printed at doubling intervals, up to a minute.  The environment variable
 ``TINKEX_NO_STATUS`` disables both.
 
 Each command owns a StatusLine, which owns the daemon thread "tinkex-status" while it is shown.
@@ -29,7 +29,7 @@ FIRST_S = 1.5
 _REDRAW_S = 1.0
 _MAX_GAP_S = 60.0
 
-#: Loggers whose records describe slow steps.
+#: Loggers whose records describe slow steps; the status line shows them.
 _STEPS = (
     "tinkex._api.archives",
     "tinkex.local.engines.models",
@@ -38,12 +38,12 @@ _STEPS = (
     "tinkex._transport.attempts",
 )
 
-#: The log of requests, which ``--verbose`` shows.
+#: The request log, which ``--verbose`` shows.
 _REQUESTS = "tinkex._transport.request_log"
 
 
 class StatusLine:
-    """One line about what a command is waiting for.
+    """A line that says what a command is waiting for.
 
     Args:
         doing: the text; may be assigned from any thread.  While it is empty, nothing is shown.
@@ -57,9 +57,9 @@ class StatusLine:
         #: Whether the line is redrawn in place, on a terminal.
         self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._began = time.monotonic()
-        self._drawn = 0  # columns drawn on the terminal; used by the thread only
-        # Lines to print; None ends the thread.  A queue and no lock: a log record may come from any
-        # thread, and from a finalizer, which must not wait.
+        self._drawn = 0  # columns drawn on the terminal; used only by the thread
+        # Lines to print; None ends the thread.  A queue instead of a lock, because a log record may
+        # come from any thread, and from a finalizer, which must not block.
         self._inbox: Inbox[Optional[str]] = Inbox()
         self._thread: Optional[threading.Thread] = None
 
@@ -77,11 +77,11 @@ class StatusLine:
         if thread is not None:
             self._inbox.put(None)
             thread.join()
-        # Records that were put behind the None, which the thread has not taken.
+        # Print the records queued behind the None, which the thread did not take.
         self._print_rest()
 
     def print(self, line: str) -> None:
-        """Print *line* above the status line.  Safe from any thread."""
+        """Print *line* above the status line.  Thread-safe."""
         self._inbox.put(line)
         if self._thread is None:  # otherwise the thread, or `stop`, prints it
             self._print_rest()
@@ -104,7 +104,7 @@ class StatusLine:
                     self._draw()
                     due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
                     gap_s = min(2 * gap_s, _MAX_GAP_S)
-                else:  # what comes next is a wait of its own, with its own time and its own gaps
+                else:  # the next text is a new wait: restart its clock and its intervals
                     self._erase()
                     self._began = time.monotonic()
                     due, gap_s = self._began + self._first_s, 2 * self._first_s
@@ -119,7 +119,7 @@ class StatusLine:
         if not self.live:
             self._write(f"{doing}{elapsed}\n")
             return
-        # Erased first: the text may be shorter than before.
+        # Erase first, because the text may be shorter than before.
         self._erase()
         room = shutil.get_terminal_size().columns - len(elapsed) - 1  # a full line would wrap
         text = doing[: max(0, room)] + elapsed
@@ -140,7 +140,7 @@ class StatusLine:
 class _LogToStatus(logging.Handler):
     """Prints warnings above the status line, and shows records of slow steps in it.
 
-    If *verbose*, it prints what is worth an INFO, and each request, too.
+    If *verbose*, it also prints INFO records and each request.
     """
 
     def __init__(self, line: StatusLine, verbose: bool) -> None:
@@ -154,12 +154,12 @@ class _LogToStatus(logging.Handler):
                 self._line.print(self.format(record))
             else:
                 self._line.doing = _wait_of(record)
-        except Exception:  # as in every handler: a record must not end the work that it describes
+        except Exception:  # as in every handler: logging must not end the work that it describes
             self.handleError(record)
 
 
 def _wait_of(record: logging.LogRecord) -> str:
-    """Return what a command is waiting for, by the record of a slow step."""
+    """Return what a command is waiting for, according to the record of a slow step."""
     server = getattr(record, "unreachable", None)
     if server is None:
         return record.getMessage()
@@ -174,8 +174,7 @@ def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
     """
     line = StatusLine(doing, FIRST_S)
     handler = _LogToStatus(line, verbose)
-    # The levels are restored in the end: a program that runs a command in its own process keeps its
-    # logging.
+    # The levels are restored at the end, for programs that run a command in their own process.
     logger = logging.getLogger("tinkex")
     levels = dict.fromkeys(_STEPS, logging.DEBUG)
     if verbose:
@@ -195,7 +194,7 @@ def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
 
 
 def current() -> Optional[StatusLine]:
-    """Return the status line of the running command; None outside one, and in other threads."""
+    """Return the running command's status line; None outside a command, and in other threads."""
     ctx = click.get_current_context(silent=True)
     return None if ctx is None else ctx.find_object(StatusLine)
 
@@ -211,7 +210,7 @@ def waiting_for(doing: str) -> None:
 def hidden() -> Iterator[None]:
     """Hide the status line during the block, which prints something or asks a question."""
     line = current()
-    # Without its thread it is hidden already, as by an outer block, or it is never shown.
+    # Without its thread, it is hidden already, e.g. by an outer block, or never shown.
     if line is None or line._thread is None:
         yield
         return

@@ -1,7 +1,7 @@
 """Reading from and writing to the terminal, or the file or pipe in its place.  No threads.
 
-Output never fails because of a character that the encoding lacks; a full disk or a closed pipe is
-one error, `WriteError`.  Reading blocks.
+Output never fails because the encoding lacks a character; a full disk or a closed pipe is reported
+as one error, `WriteError`.  Reading blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 
 from tinkex.cli import status_line
 
-#: Errors of writing to a file, a pipe or a terminal.
+#: Errors that may occur when writing to a file, a pipe or a terminal.
 _WRITING = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -29,7 +29,7 @@ class WriteError(click.ClickException):
 
 
 class NoInputError(click.ClickException):
-    """The input ended before a reply."""
+    """The input ended before the user replied."""
 
 
 def escape_unencodable() -> None:
@@ -58,7 +58,7 @@ def echo(text: str) -> None:
 
 
 def echo_error(text: str) -> None:
-    """Write *text* and a newline to stderr; if that fails, there is nowhere to report it."""
+    """Write *text* and a newline to stderr; ignore a failure, which could not be reported."""
     try:
         _write(sys.stderr, visible(text))
     except OSError:
@@ -66,11 +66,11 @@ def echo_error(text: str) -> None:
 
 
 def _write(stream: Optional[TextIO], text: str) -> None:
-    if stream is None:  # the process was started without it, as by pythonw
+    if stream is None:  # the process was started without it, e.g. by pythonw
         return
     with status_line.hidden():
         stream.write(f"{text}\n")
-        stream.flush()  # so that a failure is raised here, where it is reported
+        stream.flush()  # so that a failure is raised here, where it can be reported
 
 
 def flush_output() -> None:
@@ -80,7 +80,7 @@ def flush_output() -> None:
 
 
 def discard(stream: Optional[TextIO]) -> None:
-    """Discard the buffer of *stream*, which the interpreter would fail to write again at exit."""
+    """Make *stream* discard its buffer, which the interpreter would fail to flush at exit."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not a file, or closed
         null = os.open(os.devnull, os.O_WRONLY)
         try:

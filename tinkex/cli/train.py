@@ -1,4 +1,4 @@
-"""``tinkex train``: from a file of examples to a fine-tuned model, in a run folder."""
+"""``tinkex train``: fine-tune a model on a file of examples, in a run folder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tinkex.runs import RunRecord
 from tinkex.runs.folder import check_same
 from tinkex.runs.journal import JOURNAL_NAME
 
-#: This many examples are prepared, to find bad ones, before training begins.
+#: Up to this many examples are prepared before training begins, to find bad ones.
 _CHECKED = 20_000
 
-#: Measurements of the held-out loss in a run, and checkpoints, where the options do not say.
+#: By default, a run has this many measurements of the held-out loss, and this many checkpoints.
 _PARTS = 10
-#: A checkpoint is saved after this many minutes, too.
+#: A checkpoint is also saved when the last one is this many minutes old.
 _SAVE_MINUTES = 10.0
 
 
@@ -43,15 +43,15 @@ _SAVE_MINUTES = 10.0
 @click.option("--model", required=True, metavar="NAME", help="Base model, by its name at the "
               "server; for the embedded one also a folder.")  # fmt: skip
 @click.option("--out", required=True, metavar="FOLDER", type=click.Path(path_type=Path),
-              help="Run folder: made if it is missing, continued if it holds a run.")  # fmt: skip
+              help="Run folder: created if it is missing; a run in it is continued.")  # fmt: skip
 @click.option("--method", type=click.Choice(METHODS), help="Default: dpo for a file of "
               "preferences, otherwise supervised.")  # fmt: skip
 @click.option("--learn", type=click.Choice(["all", "last"]), default="all", show_default=True,
-              help="Which messages of the assistant are learnt.")  # fmt: skip
+              help="Which of the assistant's messages are learnt.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True,
               help="Rank of the LoRA adapter.")  # fmt: skip
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True),
-              help="After warm-up (default: 2e-4, or 5e-4 without --base-url; for dpo 1e-5).",
+              help="After warm-up (default: 2e-4; 5e-4 without --base-url; 1e-5 for dpo).",
               )  # fmt: skip
 @click.option("--schedule", type=click.Choice(SCHEDULES), default="linear", show_default=True,
               help="How the learning rate decreases.")  # fmt: skip
@@ -65,36 +65,38 @@ _SAVE_MINUTES = 10.0
               help="How often each example is used (default: 1).")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Number of steps, instead of --epochs.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Cut longer examples to this many "
-              "tokens (default: what the model takes).")  # fmt: skip
+              "tokens (default: the model's context length).")  # fmt: skip
 @click.option("--heldout", metavar="FILE_OR_SHARE", help="File of held-out examples, or the share "
-              "of FILE to hold out, such as 0.1; 0 for none (default: one in 20 from 40 examples "
-              "on, 200 at most).")  # fmt: skip
+              "of FILE to hold out, such as 0.1; 0 for none (default: one example in 20, at most "
+              "200; none of fewer than 40).")  # fmt: skip
 @click.option("--eval-every", type=click.IntRange(min=1), help="Steps between two measurements of "
               "the held-out loss (default: a tenth of the run).")  # fmt: skip
 @click.option("--save-every", type=click.IntRange(min=1), help="Steps between two checkpoints "
               "(default: a tenth of the run).")  # fmt: skip
 @click.option("--beta", type=click.FloatRange(min=0, min_open=True), default=0.1,
-              show_default=True, help="For dpo: strength of the reference.")  # fmt: skip
+              show_default=True, help="For dpo: how strongly the reference holds the model back.",
+              )  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True,
-              help="Of the adapter, the order of the examples, and those held out.")  # fmt: skip
+              help="Seed for the adapter, the order of the examples, and the choice of held-out "
+              "ones.")  # fmt: skip
 @click.option("--logger", "loggers", multiple=True, type=click.Choice(loggers.NAMES),
               help="Write metrics here besides metrics.jsonl; may be repeated.")  # fmt: skip
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines and examples out.")
 @click.option("--base-url", metavar="URL", help="URL of the server (default: TINKER_BASE_URL, or "
-              "else the embedded server, with its data in FOLDER/server).")  # fmt: skip
-@click.option("--accept-changes", is_flag=True, help="Continue a run with other settings.")
+              "else an embedded server that keeps its data in FOLDER/server).")  # fmt: skip
+@click.option("--accept-changes", is_flag=True, help="Continue a run with changed settings.")
 @format_option
 def train(**options: Any) -> None:
-    """Fine-tune a model on FILE, one example a line (JSONL).
+    """Fine-tune a model on FILE, which has one example per line (JSONL).
 
-    Lines are conversations (messages), a prompt and its completion, text, or preferences (prompt,
-    chosen, rejected).  Run again, the command continues where it was; then try `tinkex chat
-    FOLDER`.
+    A line is a conversation (messages), a prompt and its completion, text, or a preference (prompt,
+    chosen, rejected).  If the command is interrupted, run it again: it continues.  Afterwards, try
+    `tinkex chat FOLDER`.
     """
     job = Job(**options)
     with warnings_in_words():
         examples = JobExamples(job)
-    # What can fail without a server fails before one is started, or asked.
+    # Check whatever needs no server before a server is started or asked.
     check_loggers(job.loggers)
     record = _record_so_far(job, examples.config)
     if record.sampler is not None and record.config == examples.config:
@@ -105,7 +107,7 @@ def train(**options: Any) -> None:
         with _open_service(job) as service:
             _train(job, examples, service)
     except TinkexError as error:
-        # Bad input would fail again in the same way.
+        # With bad input, the command would only fail again.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).has_begun:
             _add_remedy(error)
         raise
@@ -118,8 +120,9 @@ def train(**options: Any) -> None:
 
 
 def _add_remedy(error: TinkexError) -> None:
-    """Add to the hint of *error* that the run continues."""
-    # A lost session needs no other remedy.  Other hints may be a command to copy.
+    """Add the remedy to the hint of *error*: to run the command again."""
+    # Replace the hint of a lost session, which would say the same; keep others, which may be a
+    # command to copy.
     keeps = error.hint and not isinstance(error, SessionLostError)
     earlier = (error.hint, "\n  ") if keeps else ()
     error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
@@ -179,7 +182,7 @@ def _train(job: Job, examples: JobExamples, service: tinkex.ServiceClient) -> No
 
 @contextlib.contextmanager
 def _interrupts_explained() -> Iterator[None]:
-    """Explain why the command does not end immediately at Ctrl-C: the run saves its last step."""
+    """At Ctrl-C, explain why the command does not end immediately: the run saves its last step."""
     try:
         yield
     except KeyboardInterrupt:
@@ -189,7 +192,7 @@ def _interrupts_explained() -> Iterator[None]:
 
 
 def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
-    """Log the steps that are in the journal alone, such as those done while Ctrl-C was handled."""
+    """Log the steps that only the journal has, e.g. those finished while Ctrl-C was handled."""
     lines = loggers.read_metrics(folder)
     first = lines[-1]["step"] + 1 if lines else 0
     for step in run.record.steps[first : run.steps_done]:
@@ -199,9 +202,9 @@ def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
 def _prepare(
     job: Job, examples: JobExamples, service: tinkex.ServiceClient
 ) -> Tuple[Prepared[Any], Prepared[Any]]:
-    """Return the training data and the held-out data, of which bad examples are left out."""
+    """Return the training data and the held-out data, checked for bad examples."""
     status_line.waiting_for("loading the tokenizer")
-    # The server's own tokenizer, and an early error for a model that it does not have.
+    # From the server, so that a model that it does not have is an early error.
     tokenizer = base_sampler(service, job.model).get_tokenizer()
     longest = job.max_tokens or context_length(service, job.model)
     cut: List[int] = []
@@ -221,7 +224,7 @@ def _prepare(
     total = len(training)
     if training.check(_CHECKED, checked) < total:
         echo_error(f"Only the first {_CHECKED} of {total} examples were checked.")
-    heldout.check(len(heldout), checked)  # all: each is measured with the first batch
+    heldout.check(len(heldout), checked)  # all of them, because the first measurement needs all
     if cut:
         echo_error(
             f"{count(len(cut), 'text')} longer than {longest} tokens were cut; the longest "
@@ -252,7 +255,7 @@ def _leave_out_overlap(heldout: Prepared[Any], training: Prepared[Any], is_file:
 
 
 def _record_so_far(job: Job, config: Dict[str, Any]) -> RunRecord:
-    """Return what the run folder holds; RunFolderError if it is a run of something else."""
+    """Return the record in the run folder; RunFolderError if its settings are different."""
     require_folder(job.out, "Choose another folder for --out.")
     record = _read(job.out)
     if record.spec:
@@ -266,7 +269,7 @@ def _read(folder: Path) -> RunRecord:
 
 
 def _open_service(job: Job) -> ContextManager[tinkex.ServiceClient]:
-    """Open a session on the server of *job*; it ends with the block."""
+    """Open a session on the server of *job*; the session ends with the block."""
     if job.base_url is not None:
         return open_service(job.base_url)
     status_line.waiting_for(f"loading {job.model}")

@@ -14,16 +14,16 @@ from typing import Any, Mapping, Optional, Type
 from tinkex.cli import status_line
 from tinkex.cli.terminal import echo_error
 
-#: Seconds between two lines, at least; those with a held-out loss are always written.
+#: Minimum seconds between two lines; a line with a held-out loss is always written.
 _GAP_S = 5.0
 
 
 class TrainingProgress:
-    """Shows the steps that are done, as `log` reports them, within a ``with`` block.
+    """Shows the progress that is reported to `log`, within a ``with`` block.
 
     Args:
-        steps: of the whole run.
-        done: of those, how many are done already.
+        steps: the number of steps in the whole run.
+        done: how many of them are done already.
     """
 
     def __init__(self, steps: int, done: int) -> None:
@@ -39,7 +39,7 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         line = self._line = status_line.current()
         if line is not None:
-            line.doing = ""  # until a log record reports a wait, as for a server that is gone
+            line.doing = ""  # until a log record reports a wait, e.g. for an unreachable server
             if line.live:  # the bar redraws its own line, and shows such a wait in it
                 self._shown.enter_context(status_line.hidden())
                 self._bar = self._shown.enter_context(_bar(self._steps, self._first, line))
@@ -54,14 +54,14 @@ class TrainingProgress:
         self._shown.close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of *step*; those after the last one are of the weights at the end."""
+        """Show the metrics of *step*; a step after the last one stands for the final weights."""
         if self._line is not None:
-            self._line.doing = ""  # a step is done, so the wait, if there was one, is over
+            self._line.doing = ""  # a step is done, so any wait is over
         measured = "heldout_loss" in metrics
         self._heldout = metrics.get("heldout_loss", self._heldout)
         self._tokens += metrics.get("tokens", 0.0)
         elapsed_s = max(time.monotonic() - self._began, 1e-9)
-        # A bar keeps the last one in view; a line shows what was measured with its step.
+        # The bar keeps showing the last held-out loss; a line shows it only if it is new.
         shown = self._heldout is not None and (measured or self._bar is not None)
         parts = [
             *([f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []),

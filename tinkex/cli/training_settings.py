@@ -1,4 +1,4 @@
-"""The settings of ``tinkex train``: its options, and what follows from them and the files."""
+"""The settings of ``tinkex train``: its options, and what is derived from them and the files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
 _HELDOUT_FROM = 40
 
 _RATES = {"supervised": 2e-4, "dpo": 1e-5}
-#: For supervised training on the embedded server: the narrower a model, the higher the best rate,
-#: and the models that one machine trains are narrow.  (After 24 steps of smollm2-135m on 190 chats,
-#: the held-out loss was 1.24 with 2e-4, and 0.28 with 1e-3, which wider models would not bear.)
+#: For supervised training on the embedded server: the narrower a model, the higher its best rate,
+#: and models that are trained on one machine are narrow.  (After 24 steps of smollm2-135m on 190
+#: chats, the held-out loss was 1.24 with 2e-4 and 0.28 with 1e-3: too high for wider models.)
 _RATE_HERE = 5e-4
 
 
@@ -87,7 +87,7 @@ class JobExamples:
 
     Attributes:
         method: ``"supervised"`` or ``"dpo"``.
-        config: the settings of the run that decide what is learnt, and where.
+        config: the run's settings that determine what is learnt, and on which server.
     """
 
     def __init__(self, job: Job) -> None:
@@ -125,7 +125,7 @@ class JobExamples:
 
 
 def _method(job: Job, examples: data.Examples) -> str:
-    """Return the method for *examples*; InvalidInputError if they are of another one."""
+    """Return the method for *examples*; InvalidInputError if ``--method`` is another one."""
     preferences = data.Preference in examples.kinds
     if preferences and len(examples.kinds) > 1:
         raise InvalidInputError(f"{examples.path} has preferences and other examples, too")

@@ -1,4 +1,4 @@
-"""``tinkex checkpoint download`` and ``push-hf``: copies of checkpoints elsewhere."""
+"""``tinkex checkpoint download`` and ``push-hf``: copy checkpoints elsewhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _folder_name(path: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Report errors of huggingface_hub, which come from several libraries, as one line."""
+    """Report errors of huggingface_hub and the libraries under it as one line."""
     try:
         yield
     except (TinkexError, click.ClickException):
@@ -67,7 +67,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     "--repo",
     "repo_id",
     metavar="NAME",
-    help="Repository, such as me/my-model; by default one named after run and checkpoint.",
+    help="Repository, such as me/my-model; by default named after the run and the checkpoint.",
 )
 @click.option("--public", is_flag=True, help="Create the repository as public.")
 @click.option("--revision", metavar="NAME", help="Branch; created if it does not exist.")

@@ -251,7 +251,7 @@ class Pipeline(Iterator[PipelineStep]):
                 else (f"steps {index + 1} to {self._newest} were")
             )
             raise InvalidInputError(
-                f"{what}: {later} already submitted, so the checkpoint would not be that of step "
+                f"{what}: {later} already submitted, so the checkpoint would hold more than step "
                 f"{index}",
                 hint="Say in advance which steps to save: pipeline(..., save_every=100), or "
                 "save_after=100 to save them yourself; or use depth=1.",
@@ -260,7 +260,7 @@ class Pipeline(Iterator[PipelineStep]):
         if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
                 f"{what}: the run was trained or loaded outside of the pipeline after step "
-                f"{index}, so the checkpoint would not be that of the step",
+                f"{index}, so the checkpoint would not match that step",
                 hint=f"To save the run as it is now, call {what} of the training client.",
             )
         return self._trainer

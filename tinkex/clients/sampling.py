@@ -258,8 +258,9 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[List[Optional[float]]]:
         """Compute the logprob of each token of *prompt*; return immediately.
 
-        The result has one entry per token; the first is None, because nothing predicts it.  With
-        *prompt_logprobs_last_n*, only the last so many entries are not None.
+        The result has one entry per token; the first is None, because nothing predicts that token.
+        With *prompt_logprobs_last_n* = k, only the last k entries are logprobs; the others are
+        None.
         """
         request = types.SampleRequest(
             prompt=prompt,

@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 class Plot:
     """Draws ``metrics.png`` in *folder* with matplotlib, at most every *every_s* seconds.
 
-    `log` draws it when it is due, and so does `close`.  Not thread-safe.
+    `log` draws it when it is due, and `close` once more if needed.  Not thread-safe.
 
     Raises:
         ConfigError: matplotlib is not installed.

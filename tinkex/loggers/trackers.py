@@ -65,9 +65,9 @@ def import_tensorboard() -> Any:
 class Tracker:
     """Sends metrics to a run of wandb or trackio, neither of which can replace what it has.
 
-    So steps that are repeated after a crash are not sent again.  Only for the last step sent, new
-    metrics still are: if a finished run is continued, that step, whose row has so far held only the
-    final held-out loss, is trained.  Not thread-safe.
+    So steps that are repeated after a crash are not sent again.  The exception is new metrics of
+    the last step sent: continuing a finished run trains that step, whose row so far has only the
+    final held-out loss.  Not thread-safe.
 
     Args:
         run: the run that the package's ``init`` returned.

@@ -1,7 +1,7 @@
-"""Recipes: training loops that are short enough to be read, and to be copied and changed.
+"""Recipes: training loops short enough to read, copy and change.
 
 Each trains in a run folder (`ServiceClient.open_run`), so that it continues when it is run again.
-docs/training.md has the whole story.
+See docs/training.md.
 """
 
 from tinkex.recipes.batches import Batches as Batches

@@ -1,4 +1,4 @@
-"""Batches: the examples of each step, shuffled again in each epoch, the same each time."""
+"""Batches: the examples of each step, reshuffled in each epoch, identical on every run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def split_batch(batch: Sequence[T], count: int) -> List[List[T]]:
 class Batches(Sequence[List[T]]):
     """Batches of *data*; examples are read when their batch is accessed.
 
-    Epochs follow one another without a gap: every batch is full, except for the last one if *steps*
-    is not given.  The order depends on *seed* and the epoch alone, so that a run that continues
-    sees the batches that it would have seen.
+    A batch may span two epochs, so every batch is full, except for the last one if *steps* is not
+    given.  The order depends only on *seed* and the epoch, so a run that continues sees the same
+    batches as an uninterrupted one.
 
     Args:
         data: anything with a length and indices.
         size: examples per batch.
         epochs: how often each example is used; may be a fraction.
         steps: the number of batches, instead of *epochs*.
-        seed: of the order; None keeps that of *data*.
+        seed: seed of the order; None keeps the order of *data*.
 
     Raises:
-        InvalidInputError: there are no data, or an argument is out of range.
+        InvalidInputError: *data* is empty, or an argument is out of range.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Batches(Sequence[List[T]]):
         else:
             self._examples = max(1, round(len(data) * epochs))
             self._steps = math.ceil(self._examples / self._size)
-        # One that is under way, and one that a batch reaches into.
+        # Two orders: that of the current epoch, and of the next one, which a batch may reach into.
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Batches(Sequence[List[T]]):
     def __getitem__(self, index: slice) -> List[List[T]]: ...
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """Return the batch of one step, or those of several."""
+        """Return the batch of one step, or a list of batches for a slice."""
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(self._steps))]
         if not -self._steps <= index < self._steps:
@@ -87,5 +87,5 @@ class Batches(Sequence[List[T]]):
         return offset if self._seed is None else int(self._order(epoch)[offset])
 
     def _order_of(self, epoch: int):  # type: ignore[no-untyped-def]
-        # RandomState, because its numbers are the same in every release of numpy.
+        # RandomState, because it yields the same numbers in every release of numpy.
         return np.random.RandomState([self._seed or 0, epoch]).permutation(len(self._data))

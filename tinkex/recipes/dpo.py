@@ -1,7 +1,8 @@
 """Direct preference optimization (DPO, Rafailov et al. 2023): learn from pairs of replies.
 
-The loss of a pair is ``-log sigmoid(margin)``, where ``margin = beta * (chosen - rejected)``, and
-either reply counts with its log-probability less that under the reference.
+The loss of a pair is ``-log sigmoid(margin)`` with ``margin = beta * (chosen - rejected)``, where
+*chosen* and *rejected* are the log-probabilities of the two replies under the model, minus those
+under the reference.
 """
 
 from __future__ import annotations
@@ -53,31 +54,31 @@ def train_dpo(
     eval_every: Optional[int] = None,
     log: Optional[Log] = None,
 ) -> Optional[float]:
-    """Do the steps of *run* that are left, one for each of *batches*.  Blocks.  Needs torch.
+    """Do the remaining steps of *run*, one for each of *batches*.  Blocks.  Needs torch.
 
-    Metrics of a step are means over its pairs: ``loss``, ``accuracy`` (the margin is positive) and
-    ``margin``; and ``heldout_loss`` and ``heldout_accuracy`` where they were measured.
+    The metrics of a step are means over its pairs: ``loss``, ``accuracy`` (the share of positive
+    margins) and ``margin``; also ``heldout_loss`` and ``heldout_accuracy``, if they were measured.
 
     Args:
-        batches: of pairs, such as `Batches`; the same each time.
-        beta: how strongly the reference holds the model back.
-        reference: path of the checkpoint whose model is the reference; by default what the run
-            began with, its *start_from* or the base model.
+        batches: batches of pairs, such as `Batches`; the same each time the program runs.
+        beta: how strongly the model is kept close to the reference.
+        reference: path of the checkpoint to use as the reference; by default what the run began
+            with: its *start_from*, or the base model.
         run, schedule, accumulation, heldout, eval_every, log: as for `train_supervised`.
 
     Returns:
         The held-out loss at the end; None without *heldout*.
 
     Raises:
-        TinkexError: a request has failed, or the run could not be saved.
+        TinkexError: a request failed, or the run could not be saved.
     """
     if not beta > 0:
         raise InvalidInputError(f"beta is {beta}; it must be positive")
     scorer = _Reference(run, reference or run.record.spec["start_from"])
-    scored: List[Datum] = []  # of the held-out pairs
+    scored: List[Datum] = []  # the held-out pairs with their reference log-probabilities
 
     def measure() -> Callable[[], Mapping[str, float]]:
-        # Once: the reference stays the same while the model is trained.
+        # Score them once: the reference does not change during training.
         if not scored:
             scored.extend(scorer.score(heldout))
         data = [datum for pair in heldout for datum in pair]
@@ -88,8 +89,8 @@ def train_dpo(
 
     def source(first: int) -> Iterator[List[List[Datum]]]:
         for batch in evaluations.batches_from(first):
-            # It blocks, but not the training: the pipeline takes a batch once the steps before are
-            # queued.
+            # Scoring blocks, but does not hold up training: the pipeline takes a batch once all
+            # earlier steps are queued.
             yield [scorer.score(pairs) for pairs in split_batch(batch, accumulation)]
 
     def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:
@@ -113,15 +114,17 @@ def train_dpo(
 
 
 def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]], Any]:
-    """Return the loss for `TrainingClient.forward_backward_custom`: the sum over pairs.
+    """Return the loss function for `TrainingClient.forward_backward_custom`: a sum over pairs.
 
-    Data alternate between chosen and rejected replies, with ``weights`` and ``reference_logprob``.
+    The data alternate between chosen and rejected replies; each datum has the loss inputs
+    ``weights`` and ``reference_logprob``.
     """
 
     def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Any:
         import torch
 
-        # One number a datum, shape (2 * pairs,): sums over the learnt tokens, less the reference's.
+        # One number per datum, shape (2 * pairs,): the log-probability of the learnt tokens, minus
+        # that under the reference.
         ratios = torch.stack(
             [
                 (row * datum.loss_fn_inputs["weights"].to_torch()).sum() - _reference_of(datum)
@@ -129,7 +132,7 @@ def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]],
             ]
         )
         margins = beta * (ratios[::2] - ratios[1::2])
-        # logsigmoid, because log(sigmoid(x)) is -inf for a margin below about -100 in float32.
+        # logsigmoid, because log(sigmoid(x)) in float32 is -inf for margins below about -100.
         return -torch.nn.functional.logsigmoid(margins).sum(), {
             "accuracy:sum": (margins > 0).sum(),
             "margin:sum": margins.sum(),
@@ -159,7 +162,7 @@ class _Reference:
         self._client: Optional[TrainingClient] = None
 
     def score(self, pairs: Sequence[Pair]) -> List[Datum]:
-        """Return the data of *pairs*, chosen and rejected alternating, with their references."""
+        """Return the data of *pairs*, alternating, with their reference log-probabilities."""
         data = [datum for pair in pairs for datum in pair]
         outputs = self._trainer().forward(data, "cross_entropy").result().loss_fn_outputs
         scored = []
@@ -171,9 +174,9 @@ class _Reference:
 
     def _trainer(self) -> TrainingClient:
         service = self._run.service
-        if self._client is None or self._session is not service:  # another one after a loss
+        if self._client is None or self._session is not service:  # replaced after a lost session
             base_model = self._run.record.spec["base_model"]
-            if self._path is None:  # a new adapter changes nothing until it is trained
+            if self._path is None:  # an untrained adapter leaves the base model unchanged
                 self._client = service.create_lora_training_client(base_model, rank=1, seed=0)
             else:
                 self._client = service.create_training_client_from_state(self._path, base_model)
@@ -184,10 +187,10 @@ class _Reference:
 def _logprob_of(datum: Datum, output: Mapping[str, Any]) -> float:
     """Return the log-probability of the learnt tokens of *datum*."""
     weights = datum.loss_fn_inputs["weights"].to_numpy()
-    # In float64: a margin is a small difference of sums over hundreds of tokens.
+    # In float64, because a margin is a small difference of sums over hundreds of tokens.
     return float(np.dot(weights, output["logprobs"].to_numpy().astype(np.float64)))
 
 
 def _reference_of(datum: Datum) -> float:
-    """Return the log-probability under the reference, which `_Reference.score` has added."""
+    """Return the reference log-probability, which `_Reference.score` added."""
     return float(datum.loss_fn_inputs[_REFERENCE].to_numpy()[0])

@@ -1,4 +1,4 @@
-"""Held-out loss: measured once, or again and again while a run is trained."""
+"""Held-out loss: measured once, or repeatedly during training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 B = TypeVar("B")
 
-#: What measures: it submits the requests, and returns a function that waits for the metrics.
+#: Submits the requests of a measurement, and returns a function that waits for its metrics.
 Measure = Callable[[], Callable[[], Mapping[str, float]]]
 
 
 def learnt_weight(data: Sequence[Datum]) -> float:
-    """Return the sum of the weights of *data*, which is the number of tokens to learn.
+    """Return the sum of the weights of *data*, usually the number of tokens to learn.
 
-    A datum without weights has a weight of 1 for each target token.
+    In a datum without weights, each target token has a weight of 1.
     """
     total = 0.0
     for datum in data:
@@ -41,11 +41,11 @@ def learnt_weight(data: Sequence[Datum]) -> float:
 
 
 class Evaluation:
-    """A loss that is being measured, with the weights that *trainer* has after what was submitted.
+    """A measurement of the loss, with the weights after all requests that *trainer* has queued.
 
     Args:
-        trainer: of the run.
-        data: examples for cross-entropy; read here.
+        trainer: the training client to measure with.
+        data: examples for cross-entropy; all are read here.
     """
 
     def __init__(self, trainer: TrainingClient, data: Sequence[Datum]) -> None:
@@ -64,20 +64,20 @@ def evaluate(trainer: TrainingClient, data: Sequence[Datum]) -> float:
     """Return the mean cross-entropy of *data*, in nats per token to learn.  Blocks.
 
     Raises:
-        TinkexError: the pass has failed.
+        TinkexError: the pass failed.
     """
     return Evaluation(trainer, data).result()
 
 
 class Evaluations:
-    """Measures while a run is trained: before the first step, every so often, and after the last.
+    """Measures during training: before the first step, every *every* steps, and after the last.
 
-    A measurement is submitted between two steps and read with the later one, so that it is exact
-    and training does not wait for it.  For one thread.
+    A measurement is submitted between two steps and read with the later one: so it is exact, and
+    training does not wait for it.  For one thread.
 
     Args:
-        batches: of the run's steps.
-        measure: None measures nothing.
+        batches: the batches of the run.
+        measure: makes one measurement; None measures nothing.
         every: steps between two measurements; None measures only at the start and the end.
     """
 
@@ -90,20 +90,21 @@ class Evaluations:
         self._submitted: Dict[int, Callable[[], Mapping[str, float]]] = {}
 
     def batches_from(self, first: int) -> Iterator[Any]:
-        """Yield the batches from *first* on, for `Run.pipeline`; submit what is due before each."""
-        # The pipeline takes a batch after it has queued all steps before, and a run's requests are
-        # done in order: what is submitted here sees the weights of exactly *index* steps.
+        """Yield the batches from *first* on, for `Run.pipeline`; submit measurements when due."""
+        # The pipeline takes a batch only after it has queued all earlier steps, and a run's
+        # requests are executed in order: a measurement submitted here sees the weights after
+        # exactly *index* steps.
         for index in range(first, len(self._batches) + 1):
             if self._is_due(index):
                 assert self._measure is not None
-                # If the loop went back here after a lost session, it replaces the measurement of
-                # that session.
+                # After a lost session the loop may return to this index: the new measurement
+                # replaces the one that was lost.
                 self._submitted[index] = self._measure()
             if index < len(self._batches):
                 yield self._batches[index]
 
     def result(self, index: int) -> Dict[str, float]:
-        """Return the metrics of the weights before step *index*; empty if none were measured.
+        """Return the metrics measured before step *index*; an empty dict if none were.
 
         Blocks; raises TinkexError.
         """
@@ -118,8 +119,8 @@ class Evaluations:
 
 
 def logged(metrics: Mapping[str, Any]) -> Dict[str, float]:
-    """Return those of a step's *metrics* in the journal that are for loggers, as numbers.
+    """Return the *metrics* of a step in the journal that are meant for loggers, as floats.
 
-    The others are sums over the batch, and the server's own count of steps.
+    This leaves out sums over the batch, and the server's own count of steps.
     """
     return {n: float(value) for n, value in metrics.items() if ":" not in n and n != "step"}

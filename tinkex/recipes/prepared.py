@@ -1,7 +1,7 @@
-"""Prepared: the examples of a file as data for training, made when a batch needs them.
+"""Prepared: the examples of a file as training data, prepared when a batch needs them.
 
-And what a file is checked for before training begins: examples that cannot be prepared, and
-held-out examples that are trained on as well.
+Also the checks before training begins: for examples that cannot be prepared, and for held-out
+examples that are trained on as well.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ logger = logging.getLogger(__name__)
 
 P = TypeVar("P")
 
-#: Called with how many examples of how many were looked at.
+#: Called with the number of examples checked so far, and in all.
 OnProgress = Callable[[int, int], Any]
 
-#: So many bytes of prepared examples are kept in memory; others are prepared again.
+#: Prepared examples are cached up to this many bytes; the rest are prepared again when needed.
 KEPT_BYTES = 64 << 20
 
-#: Bad examples that an error describes.
+#: How many bad examples an error describes.
 _LISTED = 5
-#: So many bad examples in a row end the training even where they are left out.
+#: Training ends after this many bad examples in a row, even with *skip_bad*.
 _MAX_BAD = 100
 _SKIP_BAD = Setting("skip_bad", True)
 
 
 class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
-    """*indices* of *examples*, each as ``prepare(example)`` returns it.  For one thread.
+    """A sequence of examples, each as ``prepare(example)`` returns it.  For one thread.
 
     Args:
-        examples: of one file.
+        examples: the examples of a file.
         prepare: returns a datum, or a pair of them; raises InvalidInputError.
-        indices: those to use, in increasing order; all by default.
-        skip_bad: where an example cannot be prepared, the next one takes its place, with a warning.
+        indices: the indices of the examples to use, in increasing order; by default all.
+        skip_bad: replace an example that cannot be prepared with the next one, with a warning.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         return len(self._indices)
 
     def __getitem__(self, place: Any) -> Any:
-        """Return one example, or a list of those of a slice.
+        """Return one example, or a list of examples for a slice.
 
         Raises:
-            InvalidInputError: it cannot be prepared, or the file has changed.
+            InvalidInputError: an example cannot be prepared, or the file has changed.
         """
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
-        first = range(len(self))[place]  # IndexError if it is none
-        # With another example in its place, the number and the size of the batches stay the same.
+        first = range(len(self))[place]  # raises IndexError if it is out of range
+        # Bad examples are replaced, so that the number and size of the batches stay the same.
         for tried in range(_MAX_BAD):
             try:
                 return self._made(int(self._indices[(first + tried) % len(self)]))
@@ -84,19 +84,19 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
                 logger.warning("left out: %s", error.message)
 
     def check(self, most: int, progress: Optional[OnProgress] = None) -> int:
-        """Prepare the first examples, so that bad ones are found before training begins.
+        """Prepare the first examples, to find bad ones before training begins.
 
-        With *skip_bad* the bad ones are left out, with one warning.
+        With *skip_bad*, bad examples are left out, with one warning.
 
         Args:
-            most: how many are checked at most, to begin soon with a large file.
-            progress: called after each.
+            most: the maximum number to check, so that training on a large file begins soon.
+            progress: called after each example.
 
         Returns:
-            How many were checked.
+            How many examples were checked.
 
         Raises:
-            InvalidInputError: some cannot be prepared; with *skip_bad*, all.
+            InvalidInputError: some of them cannot be prepared; with *skip_bad*, none of them can.
         """
         checked = min(most, len(self))
         bad: List[int] = []
@@ -126,8 +126,8 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         return checked
 
     def leave_out(self, others: Prepared[P]) -> int:
-        """Leave out the examples that *others* has, too; return how many.  Reads all of both."""
-        # Digests of one side only, the smaller: the examples themselves may not fit into memory.
+        """Leave out the examples that *others* also has; return how many.  Reads all of both."""
+        # Keep digests, and only of the smaller side: the examples may not fit into memory.
         own = [digest_of(self._examples[index]) for index in self._indices.tolist()]
         wanted = set(own)
         is_other = np.zeros(len(others._examples), bool)
@@ -139,7 +139,7 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         return len(own) - len(self)
 
     def _made(self, index: int) -> P:
-        """Return example *index* of the file, prepared; kept while there is room for it."""
+        """Return example *index* of the file, prepared; cache it if there is room."""
         kept = self._kept.get(index)
         if kept is not None:
             return kept
@@ -157,16 +157,18 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
 
 
 def digest_of(example: Example) -> bytes:
-    """Return 16 bytes that are the same for equal examples, and for no others."""
+    """Return a digest of 16 bytes, equal for equal examples only."""
     return blake2b(orjson.dumps(example), digest_size=16).digest()
 
 
 def split_heldout(count: int, heldout: int, seed: int) -> Tuple[Any, Any]:
-    """Choose *heldout* of *count* examples by *seed*; return the indices of the others, and theirs.
+    """Choose *heldout* of *count* examples at random, determined by *seed*.
 
-    Both are arrays in increasing order.
+    Returns:
+        The indices of the examples to train on, and of those held out; both are arrays in
+        increasing order.
     """
-    # RandomState, because its numbers are the same in every release of numpy: a run that continues
-    # must hold out the same examples.
+    # RandomState, because it yields the same numbers in every release of numpy: a run that
+    # continues must hold out the same examples.
     order = np.random.RandomState(seed).permutation(count)
     return np.sort(order[heldout:]), np.sort(order[:heldout])

@@ -36,31 +36,34 @@ def train_rl(
     seed: int = 0,
     log: Optional[Log] = None,
 ) -> None:
-    """Do the steps of *run* that are left, one for each of *batches*.  Blocks.
+    """Do the remaining steps of *run*, one for each of *batches*.  Blocks.
 
-    A step samples *group_size* replies to each problem from the present weights, and takes one
-    optimizer step on them.  Groups whose rewards are all equal teach nothing, and are left out; if
-    all are, the weights stay as they are.
+    Each step samples *group_size* replies to each problem with the current weights, and takes one
+    optimizer step on them.  A group whose rewards are all equal teaches nothing and is left out; if
+    every group is left out, the weights do not change.
 
-    Metrics of a step: ``reward``, the mean; ``informative``, the share of groups that were learnt
-    from; ``tokens`` sampled per reply; ``learning_rate``; and ``grad_norm`` if the server has it.
+    Metrics of a step: ``reward``, the mean reward; ``informative``, the share of groups that were
+    learnt from; ``tokens``, the mean length of a reply; ``learning_rate``; and ``grad_norm`` if the
+    server reports it.
 
     Args:
         run: from `ServiceClient.open_run`.
-        batches: of problems of any kind, such as `Batches`; the same each time.
+        batches: batches of problems of any type, such as `Batches`; the same each time the program
+            runs.
         prompt: returns the tokens of the prompt for a problem.
         reward: returns the reward of a reply, given the problem and the tokens of the reply.  It is
             called while other replies are still being sampled.
+        group_size: replies per problem; at least 2.
         schedule: as for `train_supervised`.
-        max_tokens, temperature, stop: of the replies, as for `SamplingParams`.
+        max_tokens, temperature, stop: settings for sampling replies, as for `SamplingParams`.
         loss_fn, loss_fn_config: ``"importance_sampling"``, ``"ppo"`` or another loss that takes
             logprobs and advantages.
-        seed: of the samples.
+        seed: seed of the samples.
         log: called after each step.
 
     Raises:
         InvalidInputError: a reward is not a finite number.
-        TinkexError: a request has failed, or the run could not be saved.
+        TinkexError: a request failed, or the run could not be saved.
     """
     group_size = as_int("group_size", group_size, 2, text=False)
     for step in run.steps(batches):
@@ -70,8 +73,8 @@ def train_rl(
             prompts = [ModelInput.from_ints(prompt(problem)) for problem in step.batch]
             futures = []
             for place, tokens in enumerate(prompts):
-                # A seed by step and place: a step that is done again after a crash samples the same
-                # replies.
+                # The seed depends on step and place, so that a step that is done again after a
+                # crash samples the same replies.
                 params = SamplingParams(
                     max_tokens=max_tokens,
                     temperature=temperature,
@@ -79,8 +82,8 @@ def train_rl(
                     seed=_seed_of(seed, step.index, place),
                 )
                 futures.append(sampler.sample(tokens, group_size, params))
-            # In order of submission, so that data and metrics do not depend on which reply came
-            # first; all of them are being sampled meanwhile.
+            # Read the replies in order of submission, so that data and metrics do not depend on
+            # which arrives first; all of them are being sampled at the same time.
             data: List[Datum] = []
             rewards: List[float] = []
             lengths: List[int] = []
@@ -110,9 +113,9 @@ def train_rl(
 def group_data(
     prompt: ModelInput, sequences: Sequence[SampledSequence], rewards: Sequence[float]
 ) -> List[Datum]:
-    """Return the data of one group of replies; none if all *rewards* are equal.
+    """Return the data of one group of replies; an empty list if all *rewards* are equal.
 
-    The advantage of a reply is its reward less the mean of the group.
+    The advantage of a reply is its reward minus the mean of the group.
 
     Raises:
         InvalidInputError: a reward is not finite.
@@ -120,7 +123,7 @@ def group_data(
     for value in rewards:
         if not math.isfinite(value):
             raise InvalidInputError(f"a reward is {value}; it must be finite")
-    # All advantages would be 0, and so would their gradient.
+    # All advantages would be 0, and so would be the gradient.
     if min(rewards) == max(rewards):
         return []
     advantages = np.asarray(rewards, np.float64) - np.mean(rewards)

@@ -1,7 +1,7 @@
-"""Schedules: functions of the index of a step, from 0, that return the parameters of the optimizer.
+"""Schedules: functions from the index of a step, from 0, to the parameters of the optimizer.
 
-Each begins with *warmup* steps in which the learning rate rises linearly; the first step has
-1/*warmup* of it.  Steps after the last one have the rate of the last one.
+Each begins with *warmup* steps in which the learning rate rises linearly, from 1/*warmup* of it in
+the first step.  Steps after the last one have the rate of the last one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Schedule = Callable[[int], AdamParams]
 
 
 def constant(learning_rate: float, *, warmup: int = 0, **adam: Any) -> Schedule:
-    """The same *learning_rate* for every step.
+    """Return a schedule with the same *learning_rate* for every step.
 
     Args:
-        learning_rate: after warm-up.
-        warmup: steps until then.
+        learning_rate: the learning rate after warm-up.
+        warmup: the number of warm-up steps.
         adam: further parameters, as for `AdamParams`.
 
     Raises:
@@ -34,17 +34,17 @@ def constant(learning_rate: float, *, warmup: int = 0, **adam: Any) -> Schedule:
 
 
 def linear(learning_rate: float, steps: int, *, warmup: int = 0, **adam: Any) -> Schedule:
-    """Decreasing linearly from *learning_rate*, and to zero after the last of *steps* steps.
+    """Return a schedule that decreases linearly from *learning_rate* to zero after *steps* steps.
 
-    Further arguments and errors as for `constant`.
+    Other arguments and errors as for `constant`.
     """
     return _schedule(_linear, learning_rate, steps, warmup, adam)
 
 
 def cosine(learning_rate: float, steps: int, *, warmup: int = 0, **adam: Any) -> Schedule:
-    """Decreasing from *learning_rate* by half a cosine, and to zero after *steps* steps.
+    """Return a schedule that decreases along half a cosine to zero after *steps* steps.
 
-    Further arguments and errors as for `constant`.
+    Other arguments and errors as for `constant`.
     """
     return _schedule(_cosine, learning_rate, steps, warmup, adam)
 
@@ -81,7 +81,6 @@ def _params_of(
     if index < warmup:
         share = (index + 1) / warmup
     else:
-        # Divided such that the rate is zero only after the last step, which would otherwise do
-        # nothing.
+        # The rate reaches zero only after the last step: otherwise that step would do nothing.
         share = decay((min(index, steps - 1) - warmup) / (steps - warmup) if steps else 0.0)
     return dataclasses.replace(params, learning_rate=params.learning_rate * share)

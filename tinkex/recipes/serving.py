@@ -1,4 +1,4 @@
-"""Reaches the server of a run folder, and the newest weights that the run has there."""
+"""Opens the server of a run folder, and finds the run's newest weights there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinkex.runs.saver import save_for_sampler
 
 logger = logging.getLogger(__name__)
 
-#: How long weights are kept that are saved only to be sampled now, in seconds.
+#: Time to live of weights that are saved only to be sampled now, in seconds.
 _TTL_S = 86400
 
 
@@ -24,21 +24,21 @@ def open_service(
 ) -> Tuple[ServiceClient, RunRecord]:
     """Open a session on the server that the run in *folder* was trained on.  Blocks.
 
-    That is ``read_run(folder).server``: an embedded server if its data are in the run folder, and
-    otherwise the one that ``config["server"]`` of the run, or its journal, names.
+    That server is ``read_run(folder).server``: an embedded server if its data are in the run
+    folder, otherwise the server named by ``config["server"]`` of the run, or by its journal.
 
     Args:
         folder: a run folder.
-        base_url: of another server that has the run's checkpoints; by default it is found.
-        settings: of the client, as for `ServiceClient`; for an embedded server, also those of
-            `ServiceClient.local`.
+        base_url: URL of another server that has the run's checkpoints.
+        settings: settings of the client, as for `ServiceClient`; for an embedded server, also those
+            of `ServiceClient.local`.
 
     Returns:
         The client, which the caller closes, and the record of the run.
 
     Raises:
-        RunFolderError: there is no run in *folder*; or it is in use, or its data are gone, where
-            its server is an embedded one.
+        RunFolderError: there is no run in *folder*; or its server is an embedded one, whose data
+            are in use or gone.
         TinkexError: the server cannot be started or reached.
     """
     record = read_run(os.fspath(folder))
@@ -61,7 +61,7 @@ def open_service(
             hint="Train it again, with ServiceClient.local(model, data_dir=...).",
         )
     own = server.data_dir == os.path.abspath(server_folder(folder))
-    # None for the run's own data, so that errors name the run folder and not a folder in it.
+    # None stands for the run's own data folder, so that errors name the run folder instead.
     data_dir, model = None if own else server.data_dir, server.model or record.spec["base_model"]
     return start_server(folder, model, data_dir=data_dir, **settings), record
 
@@ -73,17 +73,17 @@ def start_server(
     data_dir: Optional[str] = None,
     **settings: Any,
 ) -> ServiceClient:
-    """Start the embedded server of the run in *folder*; its data are in `server_folder`.  Blocks.
+    """Start the embedded server of the run in *folder*, with its data in `server_folder`.  Blocks.
 
     Args:
-        data_dir: where its data are instead.
+        data_dir: another folder for the data.
         model, settings: as for `ServiceClient.local`.
 
     Raises:
         RunFolderError: the run is in use, or its folder cannot be written.
-        LocalServerError: the server cannot be started; it names *data_dir* if that is in use.
+        LocalServerError: the server cannot be started; the error names *data_dir* if it is in use.
     """
-    if data_dir is not None:  # other runs and programs may use it: its own errors name it
+    if data_dir is not None:  # other runs may share it, so errors should name it
         return ServiceClient.local(model, data_dir=data_dir, **settings)
     data = server_folder(folder)
     try:
@@ -95,7 +95,7 @@ def start_server(
     except LocalServerError as error:
         if error.data_dir is None:
             raise
-        # It comes from the lock of the data folder, which another server holds.
+        # Another server holds the lock of the data folder.
         if isinstance(error.__cause__, BlockingIOError):
             raise RunFolderError(
                 f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
@@ -117,10 +117,10 @@ def server_of(
 ) -> Optional[str]:
     """Return the base URL of the server that the run in *folder* was trained on.
 
-    `EMBEDDED` is an embedded server; None if the run names none.
+    Returns `EMBEDDED` for an embedded server, and None if the run does not name a server.
 
     Args:
-        record: what `read_run` has returned; by default the journal is read.
+        record: the result of `read_run`, if the caller has it; by default the journal is read.
 
     Raises:
         RunFolderError: the journal cannot be read.
@@ -130,14 +130,14 @@ def server_of(
 
 
 def find_sampler(service: ServiceClient, record: RunRecord) -> str:
-    """Return the ``tinker://`` path of the newest weights of a run that can be sampled.  Blocks.
+    """Return the ``tinker://`` path of a run's newest weights, saved for sampling.  Blocks.
 
-    A run that was not finished has saved only checkpoints to train on; then the newest one is
-    loaded and saved for sampling, for a day.
+    If the newest weights are a checkpoint for training, as in an unfinished run, load that
+    checkpoint and save it for sampling, for a day.
 
     Raises:
         RunFolderError: nothing was saved yet.
-        TinkexError: the server does not have it any more, or has failed.
+        TinkexError: the server no longer has the checkpoint, or a request failed.
     """
     newest = record.newest_weights()
     if newest is record.sampler:

@@ -13,7 +13,7 @@ from tinkex.recipes.schedules import Schedule
 from tinkex.runs import Run, RunStep
 from tinkex.types import Datum
 
-#: Gets the index of a step, and its metrics; `Logger.log` is one.
+#: Called with the index of a step and its metrics; `Logger.log` is one.
 Log = Callable[[int, Mapping[str, float]], None]
 
 
@@ -27,19 +27,21 @@ def train_supervised(
     eval_every: Optional[int] = None,
     log: Optional[Log] = None,
 ) -> Optional[float]:
-    """Do the steps of *run* that are left, one for each of *batches*.  Blocks.
+    """Do the remaining steps of *run*, one for each of *batches*.  Blocks.
 
-    Metrics of a step, in the run's journal and for *log*: ``loss``, in nats per token to learn,
-    before the step; ``tokens`` to learn; ``learning_rate``; ``grad_norm`` if the server reports it;
-    and ``heldout_loss`` where that was measured, before the step, too.  That of the weights at the
-    end goes to *log* alone, as a metric of step ``len(batches)``.
+    Metrics of a step, written to the run's journal and passed to *log*: ``loss`` before the step,
+    in nats per token to learn; ``tokens``, the number of tokens to learn; ``learning_rate``;
+    ``grad_norm`` if the server reports it; and ``heldout_loss``, also before the step, if it was
+    measured.  The final held-out loss is passed only to *log*, as a metric of step
+    ``len(batches)``.
 
     Args:
         run: from `ServiceClient.open_run`.
-        batches: of data for cross-entropy, such as `Batches`; the same each time.
+        batches: batches of data for cross-entropy, such as `Batches`; the same each time the
+            program runs.
         schedule: from `constant`, `linear` or `cosine`, or a function of your own.
         accumulation: passes per step, into which each batch is split; their gradients add up.
-        heldout: data to measure the held-out loss of; none measures none.
+        heldout: data to measure the held-out loss on; if empty, it is not measured.
         eval_every: steps between two measurements; None measures only at the start and the end.
         log: called after each step.
 
@@ -47,11 +49,11 @@ def train_supervised(
         The held-out loss at the end; None without *heldout*.
 
     Raises:
-        TinkexError: a request has failed, or the run could not be saved.
+        TinkexError: a request failed, or the run could not be saved.
     """
 
     def measure() -> Callable[[], Mapping[str, float]]:
-        # Read each time, because the run replaces its trainer after a lost session.
+        # Read run.trainer each time, because the run replaces it after a lost session.
         evaluation = Evaluation(run.trainer, heldout)
         return lambda: {"heldout_loss": evaluation.result()}
 
@@ -63,7 +65,7 @@ def train_supervised(
 
     def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:
         assert step.result is not None
-        # Losses are sums over tokens (docs/protocol.md, "Passes"): the mean is made here.
+        # The server returns sums over tokens (docs/protocol.md, "Passes"); compute the mean.
         tokens = sum(learnt_weight(part) for part in step.batch)
         return {
             "loss": step.result.metrics["loss:sum"] / tokens,

@@ -1,7 +1,7 @@
 """Runs that survive: a folder with a journal, from which a killed training script continues.
 
-`ServiceClient.open_run` opens one; `read_run` reads one, also while it is being written.
-docs/runs.md has the whole story.
+`ServiceClient.open_run` opens a run folder; `read_run` reads one, even while a process writes to
+it.  See docs/runs.md.
 """
 
 from tinkex.runs.records import (

@@ -1,4 +1,4 @@
-"""Batches of a run, from any place on."""
+"""The batches of a run, starting at any position."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from tinkex.errors import InvalidInputError, a_type
 
 B = TypeVar("B")
 
-#: A sequence; a function of how many batches to leave out; or an iterable that yields the same
-#: batches each time.
+#: A sequence; a function that takes the number of batches to skip and returns an iterable of the
+#: rest; or an iterable that yields the same batches each time.
 Batches = Union[Sequence[B], Callable[[int], Iterable[B]], Iterable[B]]
 
 
 def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
-    """Iterate over *batches* from number *first* on.
+    """Iterate over *batches*, starting with number *first*.
 
-    Nothing is read that is left out, except of a plain iterable, which is advanced.
+    The skipped batches are read only if *batches* is a plain iterable.
 
     Raises:
-        InvalidInputError: *batches* is not iterable, or an iterable is shorter than *first*.
+        InvalidInputError: *batches* is not iterable, or is an iterable of fewer than *first*
+            batches.
     """
     indexed: Any = batches
     if isinstance(batches, Sequence) or _is_indexed(batches):
@@ -33,8 +34,8 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
             hint="Give a sequence, an iterable, or a function of the number of batches to skip.",
         )
     remaining = iter(batches)
-    # Counted, because islice ends silently: data that became shorter would look like a finished
-    # loop.
+    # Count them, because islice ends silently: data that has become shorter would look like a
+    # finished loop.
     skipped = sum(1 for _ in itertools.islice(remaining, first))
     if skipped < first:
         raise InvalidInputError(
@@ -45,7 +46,7 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
 
 
 def _is_indexed(batches: object) -> bool:
-    """Whether it has a length and an order without being a Sequence, like a data set."""
+    """Whether *batches* has a length and indices without being a Sequence, like a data set."""
     has = all(hasattr(batches, name) for name in ("__len__", "__getitem__"))
-    # A mapping has both methods, too, but takes keys, not places.
+    # A mapping has both methods, too, but takes keys, not indices.
     return has and not isinstance(batches, Mapping)

@@ -1,4 +1,4 @@
-"""Connection: the session and the training client of a run, and new ones in their place."""
+"""Connection: the session and the training client of a run, replaced after a lost session."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: The longest pause before another new session is tried, in seconds.
+#: The longest pause before the next attempt to open a session, in seconds.
 _MAX_PAUSE_S = 60.0
 
 
 class Connection:
-    """Starts the run on the server, from the newest checkpoint that it has.  For one thread.
+    """Starts the run on the server, from its newest checkpoint if it has one.  For one thread.
 
     Args:
-        service: of the caller, who closes it.
+        service: the caller's client; the caller closes it.
         source: what the run is made from.
-        record: of the run.
-        note: adds a line, of a kind and with facts, to the journal and to *record*.
+        record: the record of the run.
+        note: adds a line to the journal and to *record*, given its kind and facts.
         max_losses: how many sessions in a row may be lost without progress.
 
     Attributes:
-        service, trainer: the clients; *trainer* is there after `start`.
+        service, trainer: the current clients; `start` sets *trainer*.
         losses: how many sessions were lost, or could not be opened, since the last progress.
     """
 
@@ -61,20 +61,21 @@ class Connection:
         self._max_losses = as_int("max_session_losses", max_losses, 1, text=False)
         self.losses = 0
         self._owned: Optional[ServiceClient] = None
-        # Of the caller's client: those that replace it know an embedded server by its URL alone.
+        # Taken from the caller's client: its replacements know an embedded server only by URL.
         self._server = service._local or {"base_url": service.config.base_url}
 
     def start(self) -> Optional[CheckpointRecord]:
-        """Make the training client; return the checkpoint that it continues, if there is one.
+        """Make the training client; return the checkpoint that it continues from, if any.
 
         Raises:
-            RunFolderError: the run has checkpoints, but the server has none of them any more.
-            TinkexError: the server could not be asked, or has failed.
+            RunFolderError: the run has checkpoints, but none of them can be loaded any more.
+            TinkexError: the server could not be reached, or a request failed.
         """
         found = self._load_newest() if self._record.checkpoints else None
         if found is None:
             self.trainer = self._source.create(self.service)
-        # Only once there is a client: the line drops what the record has beyond this checkpoint.
+        # Not before the client exists: this line drops everything after the checkpoint from the
+        # record.
         self._note(
             "start",
             model_id=self.trainer.model_id,
@@ -86,17 +87,17 @@ class Connection:
         return found
 
     def replace_session(self, error: TinkexError) -> Optional[CheckpointRecord]:
-        """Open another session, and `start` in it; try again after a pause if that fails.
+        """Open another session and `start` in it; if that fails, try again after a pause.
 
         Raises:
-            TinkexError: *error*, or a later one, after *max_losses*.
+            TinkexError: *error*, or the last failure, after *max_losses* attempts.
         """
         while self.losses < self._max_losses:
             pause_s = min(2.0**self.losses, _MAX_PAUSE_S) if self.losses else 0.0
-            # Counted before the attempt, and reset only by a checkpoint: a server that accepts
-            # sessions and loses them again must not be tried for ever.
+            # Counted before the attempt, and reset only by a checkpoint: otherwise a server that
+            # accepts sessions and loses them again would be tried for ever.
             self.losses += 1
-            # Without the error's hint, which is for a program that continues by itself.
+            # Without the hint, which tells a program how to continue; here the run does it.
             logger.warning("continuing in a new session%s, after: %s", self._from(), error.message)
             time.sleep(pause_s)
             try:
@@ -106,18 +107,18 @@ class Connection:
         raise error
 
     def _start_anew(self) -> Optional[CheckpointRecord]:
-        """Open another session like the one that was lost, and `start` in it."""
-        # By its type, because this module is imported by the one that defines it.
+        """Open another session like the lost one, and `start` in it."""
+        # Constructed by its type, because the module that defines it imports this one.
         lost = self.service
         fresh = type(lost)(config=lost.config, manager=lost._runtime.session.manager)
         fresh._runtime.ledger = lost._runtime.ledger  # a budget is for the run, not for a session
-        # The first client is the caller's to close; those that have replaced it are closed here.
+        # The caller closes the first client; we close its replacements.
         self.close("errored", "the session was lost")
         self.service = self._owned = fresh
         return self.start()
 
     def close(self, status: str = "success", detail: Optional[str] = None) -> None:
-        """Close the training client, and the session if it is not the caller's; idempotent."""
+        """Close the training client, and the session unless it is the caller's; idempotent."""
         if hasattr(self, "trainer"):
             self.trainer.close()
         owned, self._owned = self._owned, None
@@ -135,7 +136,7 @@ class Connection:
             try:
                 self.trainer = self._source.restore(self.service, checkpoint.path)
             except (APIStatusError, RequestFailedError) as error:
-                # A server that is down still has the checkpoint: passing it over would lose steps.
+                # A server that is down still has the checkpoint: skipping it would lose steps.
                 if not _is_gone(error):
                     raise
                 refusal: TinkexError = error
@@ -166,9 +167,9 @@ class Connection:
 
 
 def _is_gone(error: TinkexError) -> bool:
-    """Whether a checkpoint could not be loaded because of what it is, or because it is not."""
-    # A server may refuse the missing checkpoint at once, or accept the request and report a failure
-    # of the work later (docs/protocol.md, "Promises").
+    """Whether *error* means that the checkpoint is missing or unusable."""
+    # A server may refuse a missing checkpoint at once, or accept the request and report later that
+    # the work failed (docs/protocol.md, "Promises").
     return error.status in (404, 410) or (
         isinstance(error, RequestFailedError) and error.category == "user"
     )

@@ -1,4 +1,4 @@
-"""RunFolder: the files of a run, held by one process."""
+"""RunFolder: the files of a run, which one process holds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LOCK_NAME = "run.lock"
 
 
 class RunFolder:
-    """Holds the folder *path*, which is made if it is missing, until `close`.  For one thread.
+    """Holds the folder *path* until `close`; creates it if it is missing.  For one thread.
 
     Attributes:
-        record: the contents of the journal, up to date.
+        record: the contents of the journal, kept up to date.
 
     Raises:
         RunFolderError: the folder is in use, damaged or not writable.
@@ -34,8 +34,8 @@ class RunFolder:
         with contextlib.ExitStack() as opened:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                # Before the journal is opened, which cuts off a torn line: that may be one which
-                # another process is writing.
+                # Lock before opening the journal, which cuts off a torn last line: another process
+                # might be writing that line.
                 opened.callback(FolderLock(path).release)
             except OSError as error:
                 is_file = isinstance(error, FileExistsError)
@@ -47,25 +47,25 @@ class RunFolder:
             self._journal = Journal(path)
             opened.callback(self._journal.close)
             self.record: RunRecord = replay(self._journal.entries, path / JOURNAL_NAME)
-            # In reverse order: the journal is closed before the lock lets another process in.
+            # In reverse order: the journal is closed before the lock is released.
             self.close = opened.pop_all().close
 
     def check(self, spec: Mapping[str, Any], config: Mapping[str, Any], accept: bool) -> None:
-        """Compare *spec* and *config* with the journal's; note them if they are new.
+        """Compare *spec* and *config* with those in the journal; write them if they differ.
 
         Args:
-            accept: another *config* is no error.
+            accept: accept a different *config*.
 
         Raises:
-            RunFolderError: they are of another run.
+            RunFolderError: the folder holds a run with a different *spec* or *config*.
         """
         check_same(self._path, self.record, spec, config, accept)
-        # Not each time: a line of this kind also marks the run as unfinished (`RunRecord.add`).
+        # Only if they differ: a config line also marks the run as unfinished (`RunRecord.add`).
         if (spec, config) != (self.record.spec, self.record.config):
             self.note("config", format=1, spec=spec, config=config)
 
     def note(self, kind: str, **facts: Any) -> None:
-        """Add a line to the journal, and to the record; see `Journal.append`."""
+        """Add a line to the journal and apply it to the record; see `Journal.append`."""
         self.record.add(self._journal.append(kind, **facts))
 
 
@@ -76,10 +76,10 @@ def check_same(
     config: Mapping[str, Any],
     accept: bool,
 ) -> None:
-    """Raise RunFolderError if *spec* or *config* are not those of *record*, read from *path*.
+    """Raise RunFolderError if *spec* or *config* differ from those of *record*, read from *path*.
 
-    A run that never began, as its settings were rejected, may be replaced.  *accept*: another
-    *config* is no error.
+    If *accept* is true, a different *config* is accepted.  A run that never began, for example
+    because the server rejected its settings, may be replaced.
     """
     if not record.has_begun:
         return
@@ -107,22 +107,22 @@ def _compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: s
 
 
 class FolderLock:
-    """Holds *folder* until `release`, or the end of the process by whatever cause.
+    """Locks *folder* until `release`, or until the process ends for whatever reason.
 
-    The child of a fork does not hold it.  On Windows, two processes on one folder go
-    unnoticed.
+    A forked child does not hold the lock.  On Windows, nothing is locked: concurrent use of a
+    folder is not detected.
 
     Raises:
-        RunFolderError: another process, or another run of this one, holds the folder.
-        OSError: the lock file cannot be made.
+        RunFolderError: another process, or another run in this process, holds the folder.
+        OSError: the lock file cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Not truncated before it is locked: until then the text is that of the holder.
+        # Don't truncate the file before it is locked: its text may name another holder.
         self._file: Optional[int] = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._file, folder)
-            # For the error of another process; the lock itself is in the kernel, not in the text.
+            # The text is for other processes' error messages; the kernel holds the lock itself.
             os.ftruncate(self._file, 0)
             os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             lifecycle.track(self)
@@ -134,21 +134,20 @@ class FolderLock:
         """Let other processes open the folder; idempotent."""
         file, self._file = self._file, None
         if file is not None:
-            # Not LOCK_UN, which in the child of a fork would take the lock away from the parent,
-            # too.
+            # Not LOCK_UN: in a forked child it would release the parent's lock, too.
             os.close(file)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
-        """Called at the end of the interpreter."""
+        """Release the lock when the interpreter exits."""
         self.release()
 
     def forget_after_fork(self) -> None:
-        """Called in the child of a fork, which would hold the lock together with its parent."""
+        """Release the lock in a forked child, which would otherwise share it with its parent."""
         self.release()
 
 
 def _lock(file: int, folder: Path) -> None:
-    if sys.platform == "win32":  # it would lock the text against reading, too
+    if sys.platform == "win32":  # where a lock would also keep others from reading the text
         return
     try:
         lock_file(file)

@@ -1,7 +1,7 @@
-"""Journal: the append-only file of a run folder, one JSON object a line.
+"""Journal: the append-only file of a run folder, one JSON object per line.
 
-A line counts once its line feed is there, and each is on the disk when `append` returns.  So a
-crash can tear the last line only, which is cut off when the journal is opened again.
+A line counts only if its line feed was written, and is on disk when `append` returns.  So a crash
+can tear only the last line, which is cut off when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Dict, List, Tuple
 
 from tinkex.errors import ClientClosedError, RunFolderError
 
-#: One line, decoded; ``kind`` is its type.
+#: One decoded line; ``kind`` is its type.
 Entry = Dict[str, Any]
 
 JOURNAL_NAME = "journal.jsonl"
 
-#: The remedy where a run folder cannot be written.
+#: The remedy if a run folder cannot be written.
 WRITABLE = (
     "Nothing that it holds is lost. Once it can be written, run the program again: it continues "
     "from the last checkpoint."
@@ -28,13 +28,13 @@ WRITABLE = (
 
 
 class Journal:
-    """Appends to the journal of *folder*, which is locked by this process.  For one thread.
+    """Appends to the journal of *folder*, which this process has locked.  For one thread.
 
     Attributes:
-        entries: what was in the file when it was opened.
+        entries: the lines that the file had when it was opened.
 
     Raises:
-        RunFolderError: the file cannot be read or written, or is damaged elsewhere than at its end.
+        RunFolderError: the file cannot be read or written, or is damaged before its last line.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Journal:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
             try:
                 self.entries, self._size = read_entries(self._path)
-                # A line that a crash has torn; a new one behind it would make one damaged line.
+                # Cut off a torn last line: appended to it, the next line would be damaged, too.
                 os.ftruncate(self._file, self._size)
                 os.lseek(self._file, 0, os.SEEK_END)
                 _sync_folder(folder)
@@ -55,10 +55,11 @@ class Journal:
             raise self._failed("open", error) from error
 
     def append(self, kind: str, **facts: Any) -> Entry:
-        """Append a line, and wait until it is on the disk; return it.
+        """Append a line and return it once it is on disk.
 
         Raises:
-            RunFolderError: it could not be written, as on a full disk; the file is as before.
+            RunFolderError: the line could not be written, e.g. because the disk is full; the file
+                is as before.
             ClientClosedError: the journal was closed.
         """
         if self._closed:
@@ -66,20 +67,19 @@ class Journal:
         entry: Entry = {"kind": kind, "at": round(time.time(), 3), **facts}
         line = memoryview(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         try:
-            # Not a buffered file: after a full disk, its buffer would be written again at close.
+            # Not a buffered file: after a failed write, closing it would write its buffer again.
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
-            # What follows relies on the line: older checkpoints are deleted once a newer one is
-            # noted.
+            # The caller relies on the line: older checkpoints are deleted once a newer one is in
+            # the journal.
             os.fsync(self._file)
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is left of the line has no line feed
+            with contextlib.suppress(OSError):  # a partial line does not count: it has no line feed
                 os.ftruncate(self._file, self._size)
                 os.lseek(self._file, self._size, os.SEEK_SET)
             raise self._failed("write", error) from error
-        # Only complete lines count: a failed write is cut back to this size.
-        self._size += len(line)
+        self._size += len(line)  # a failed write is cut back to this size
         return entry
 
     def close(self) -> None:
@@ -96,14 +96,14 @@ class Journal:
 
 
 def read_entries(path: Path) -> Tuple[List[Entry], int]:
-    """Return the complete lines of the journal at *path*, and how many bytes they take.
+    """Return the complete lines of the journal at *path*, and their total size in bytes.
 
     Raises:
         OSError: the file cannot be read.
         RunFolderError: a line before the last one is damaged.
     """
     content = path.read_bytes()
-    # The rest is a line that a crash has torn, or that another process is writing at this moment.
+    # The rest was torn by a crash, or another process is writing it right now.
     size = content.rfind(b"\n") + 1
     entries = []
     for number, line in enumerate(content[:size].split(b"\n")[:-1], 1):
@@ -121,8 +121,8 @@ def read_entries(path: Path) -> Tuple[List[Entry], int]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the name of a new file survive a power failure."""
-    with contextlib.suppress(OSError):  # not all systems open folders
+    """Make the name of a new file in *folder* survive a power failure."""
+    with contextlib.suppress(OSError):  # not every system can open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -130,4 +130,4 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows only

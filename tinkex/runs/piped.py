@@ -1,4 +1,4 @@
-"""PipedSteps: the steps of a run whose next ones are submitted before one is waited for."""
+"""PipedSteps: the steps of a run, submitted ahead of the one that is waited for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class PipedSteps(Iterator[RunStep[Any]]):
-    """Iterates over *steps*, each with its result, by a pipeline over their batches.
+    """Trains on the batches of *steps* in a pipeline; yields each step once it has its result.
 
     Args:
-        steps: one is taken when the pipeline has room; when the next one is taken, all
-            requests of the one before have been queued.
-        trainer: of the run.
+        steps: a step is taken from it when the pipeline has room; by then, all requests of the
+            step before have been queued.
+        trainer: the run's training client.
         first: the place before these steps.
         loss_fn, adam_params, loss_fn_config, depth, metrics: as for `Run.pipeline`.
 
     Attributes:
-        failure: the first exception that *metrics* has raised, if any.
+        failure: the first exception that *metrics* raised, if any.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._finished = 0
         self._incomplete = False  # a step has failed, or its result was not read
         self.failure: Optional[BaseException] = None
-        self._handed_out: Optional[RunStep[Any]] = None  # the last one
+        self._handed_out: Optional[RunStep[Any]] = None  # the step that was yielded last
         self._adam_params = adam_params
         self._metrics = metrics
         self._submitted: Deque[RunStep[Any]] = collections.deque()
@@ -57,7 +57,8 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._pipeline = trainer.pipeline(
             self._batches(), loss_fn, schedule, loss_fn_config, depth=depth
         )
-        # A step that was sent is recorded by `drain`, or the run reports that it is not saved.
+        # The run always drains: `drain` records the steps that were sent, or the run reports that
+        # they are not saved.
         self._pipeline.is_drained = True
 
     @property
@@ -73,24 +74,24 @@ class PipedSteps(Iterator[RunStep[Any]]):
         return step
 
     def drain(self) -> bool:
-        """Wait for the steps that were sent, and have them written; False if one has failed.
+        """Wait for the steps that were sent, and write them; return False if one had failed before.
 
-        What *metrics* raises is kept in `failure`: the server has done the step.
+        If *metrics* raises an error, it is kept in `failure`, because the server has done the step.
 
         Raises:
-            TinkexError: one fails.
+            TinkexError: a step fails.
         """
-        # Set until all is read, so that a failure or Ctrl-C below leaves it set: a second attempt
-        # would take the steps that are left for all there are.
+        # Set until every result is read, so that a failure or Ctrl-C below leaves it set: a second
+        # attempt would see only the remaining steps, and take them for all.
         if self._incomplete:
             return False
         self._incomplete = True
-        if self._handed_out is not None:  # its line comes before those of later steps
+        if self._handed_out is not None:  # write its line before those of later steps
             self._handed_out._end()
         for result in self._pipeline.drain():
             if result.index != self._finished:
-                return False  # the one before it has failed
-            self._finish(result)._write()  # the loop's body has not seen it
+                return False  # the step before this one has failed
+            self._finish(result)._write()  # the loop's body will not see it
         self._incomplete = False
         return True
 
@@ -100,7 +101,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             yield step.batch
 
     def _params_of(self, index: int) -> OptimParams:
-        # The pipeline counts its own steps from 0; a schedule is over the whole run.
+        # The pipeline counts its steps from 0; a schedule takes the index in the whole run.
         assert callable(self._adam_params)
         return self._adam_params(self._first.steps + index)
 
@@ -110,14 +111,14 @@ class PipedSteps(Iterator[RunStep[Any]]):
         step.result = result
         step.log(result.metrics)
         if self._metrics is not None:
-            # A step that the server has done must be counted and written whatever happens here: the
-            # run would otherwise train its batch twice.
+            # A step that the server has done must be counted and written whatever happens here:
+            # otherwise the run would train on its batch twice.
             try:
                 step.log(self._metrics(step))
-            except BaseException as error:  # Ctrl-C, too: the server has done the step
+            except BaseException as error:  # including Ctrl-C
                 step._write()
                 if isinstance(error, SystemExit):
-                    raise  # a second SIGTERM: nothing is waited for any more
+                    raise  # a second SIGTERM: don't wait for anything more
                 if self.failure is None:
                     self.failure = error
                 else:

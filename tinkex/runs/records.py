@@ -1,4 +1,4 @@
-"""The contents of the journal of a run: its configuration, each step once, and its checkpoints."""
+"""The contents of a run's journal: its configuration, each step once, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class StepRecord:
 
     Attributes:
         index: from 0, over the whole run.
-        at: when it was written, in seconds since the epoch.
-        metrics: what was logged for it.
+        at: when the line was written, in seconds since the epoch.
+        metrics: the metrics that were logged for the step.
     """
 
     index: int
@@ -33,11 +33,11 @@ class CheckpointRecord:
 
     Attributes:
         path: its ``tinker://`` path.
-        steps: how many steps it holds.
-        loop, batch: where the run continues from it: the loop over batches, and the batch in
-            that loop; both from 0.
-        state: what ``run.state`` held.
-        at: when it was written, in seconds since the epoch.
+        steps: how many steps it includes.
+        loop, batch: where a run that loads it continues: the number of the loop over batches, and
+            of the batch in that loop; both from 0.
+        state: the contents of ``run.state``.
+        at: when the line was written, in seconds since the epoch.
         ttl_seconds: how long the server keeps it from then on; None is for ever.
     """
 
@@ -56,8 +56,8 @@ class SamplerRecord:
 
     Attributes:
         path: their ``tinker://`` path.
-        steps: how many steps they hold.
-        at: when it was written, in seconds since the epoch.
+        steps: how many steps they include.
+        at: when the line was written, in seconds since the epoch.
     """
 
     path: str
@@ -65,19 +65,20 @@ class SamplerRecord:
     at: float
 
 
-#: In the place of a base URL: an embedded server.
+#: Stands for an embedded server where a base URL is expected.
 EMBEDDED = "embedded"
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerRecord:
-    """The server of a run: one at a URL, or an embedded one (`ServiceClient.local`).
+    """The server of a run: a server at a URL, or an embedded one (`ServiceClient.local`).
 
     Attributes:
-        base_url: None for an embedded server, which has another one each time.
-        model: what an embedded server was started with; a folder as an absolute path.
-        data_dir: where an embedded server keeps the run, as an absolute path; None if it was
-            started without one, so that its data were removed with it.
+        base_url: None for an embedded server, whose URL changes with each start.
+        model: the model that an embedded server was started with; if that is a folder, its absolute
+            path.
+        data_dir: the absolute path of the folder in which an embedded server keeps the run; None if
+            the server was started without one, so that its data were removed when it stopped.
     """
 
     base_url: Optional[str] = None
@@ -87,18 +88,19 @@ class ServerRecord:
 
 @dataclasses.dataclass
 class RunRecord:
-    """A run, as its journal has it.
+    """The contents of a run's journal.
 
     Attributes:
-        spec: what it was made from: ``base_model``, ``start_from`` and the arguments of its making.
+        spec: what the run was made from: ``base_model``, ``start_from`` and the other arguments.
         config: the caller's own settings.
-        model_ids: the training runs on the server that it has had, one for each time that it was
+        model_ids: the ids of its training runs on the server: one for each time that the run was
             started or continued.
-        steps: the steps, in order, each once: those that were done again after a checkpoint was
-            loaded have taken the place of the first ones.
-        checkpoints: those not known to be gone, the newest last.
+        steps: the steps, in order, each once: if a step was done again after a checkpoint was
+            loaded, the later one replaces the earlier one.
+        checkpoints: the checkpoints that are not known to be gone, oldest first.
         sampler: what `Run.save_for_sampler` saved last.
-        server: the one that has its checkpoints; None if an older version does not name it.
+        server: the server that has the checkpoints; None if the journal, written by an older
+            version, does not name it.
     """
 
     spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -111,17 +113,17 @@ class RunRecord:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a model was ever created for it."""
+        """Whether a model was ever created for this run."""
         return bool(self.model_ids)
 
     def newest_weights(self) -> Union[SamplerRecord, CheckpointRecord]:
-        """Return the newest weights that were saved, those for sampling before the others.
+        """Return the weights with the most steps; at equal steps, those saved for sampling.
 
         Raises:
             RunFolderError: nothing was saved yet.
         """
         newest = self.checkpoints[-1] if self.checkpoints else None
-        # At equal steps the sampler's: a checkpoint would have to be loaded and saved again.
+        # To be sampled, a checkpoint would have to be loaded and saved again.
         if self.sampler is not None and (newest is None or self.sampler.steps >= newest.steps):
             return self.sampler
         if newest is None:
@@ -131,17 +133,16 @@ class RunRecord:
         return newest
 
     def add(self, entry: Entry) -> None:
-        """Apply one line; lines of other versions' kinds are ignored."""
+        """Apply one line of the journal; ignore lines of unknown kinds, from other versions."""
         kind = entry["kind"]
         if kind == "config":
             self.spec, self.config = entry["spec"], entry["config"]
-            self.sampler = None  # the run is not finished with its new settings
+            self.sampler = None  # with new settings, the run is not finished
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
-            # Older versions did not write it.
-            if "server" in entry:
+            if "server" in entry:  # older versions did not write it
                 self.server = ServerRecord(**_known(ServerRecord, entry["server"]))
-            # Steps after the checkpoint are done again; checkpoints after it could not be loaded.
+            # Steps after this checkpoint are done again; later checkpoints could not be loaded.
             self.steps = [step for step in self.steps if step.index < entry["steps"]]
             self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
         elif kind == "step":
@@ -155,8 +156,8 @@ class RunRecord:
 
     def _add_step(self, entry: Entry) -> None:
         index, at, metrics = entry["step"], entry["at"], entry["metrics"]
-        for place in range(len(self.steps) - 1, -1, -1):  # it is one of the last
-            if self.steps[place].index == index:  # more was logged for it later
+        for place in range(len(self.steps) - 1, -1, -1):  # backwards: it is one of the last
+            if self.steps[place].index == index:  # further metrics of a step
                 earlier = self.steps[place]
                 merged = {**earlier.metrics, **metrics}
                 self.steps[place] = StepRecord(index, earlier.at, merged)
@@ -167,16 +168,16 @@ class RunRecord:
 
 
 def _known(record: type, entry: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the fields of *record* in *entry*, to which later versions may add others."""
+    """Return the fields of *record* in *entry*; later versions may have added others."""
     names = {field.name for field in dataclasses.fields(record)}
     return {name: value for name, value in entry.items() if name in names}
 
 
 def replay(entries: List[Entry], path: Path) -> RunRecord:
-    """Return what *entries*, of the journal at *path*, come to.
+    """Return the record that results from *entries*, the lines of the journal at *path*.
 
     Raises:
-        RunFolderError: a line lacks something.
+        RunFolderError: a line cannot be understood.
     """
     record = RunRecord()
     for number, entry in enumerate(entries, 1):
@@ -193,16 +194,16 @@ def replay(entries: List[Entry], path: Path) -> RunRecord:
 
 
 def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
-    """Return the folder for the data of a run's own embedded server."""
+    """Return the folder in which a run's own embedded server keeps its data."""
     return Path(folder) / "server"
 
 
 def _server_of(folder: Path, record: RunRecord) -> Optional[ServerRecord]:
     """Return the server that has the checkpoints of the run in *folder*.
 
-    The journal names one for each time that the run was started, with the path that its data had
-    then.  Data in the run folder go before it, because that folder may have been moved or copied,
-    and so do settings of `tinkex train`, whose folders are older than that part of the journal.
+    Each start line of the journal names the server, with the path of its data at that time.  Data
+    in the run folder take precedence, because the folder may have been moved or copied.  So does
+    the server in the settings of `tinkex train`: its older folders have no server in start lines.
     """
     own = server_folder(folder)
     named = record.config.get("server")
@@ -212,10 +213,10 @@ def _server_of(folder: Path, record: RunRecord) -> Optional[ServerRecord]:
 
 
 def read_run(folder: Union[str, Path]) -> RunRecord:
-    """Read the journal of a run folder, also while a process is writing to it.
+    """Read the journal of a run folder, even while a process is writing to it.
 
     Raises:
-        RunFolderError: there is no journal, or it is damaged; or *folder* is a file.
+        RunFolderError: there is no journal, it is damaged, or *folder* is a file.
     """
     path = Path(folder) / JOURNAL_NAME
     require_folder(path.parent, RUN_FOLDER_HINT)

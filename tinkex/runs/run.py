@@ -1,6 +1,6 @@
-"""Run: a training run with a folder, from which it continues after whatever ended it.
+"""Run: a training run with a folder, from which it continues after any interruption.
 
-Used by one thread, and has none of its own: what is due is done between two steps.
+Used by one thread, and has none of its own: checkpoints are queued and checked between steps.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B")
 
 
-#: What `Run.pipeline` passes on, in the order of its parameters.
+#: The arguments that `Run.pipeline` passes on, in the order of its parameters.
 _PipelineArguments = Tuple[Any, Any, Any, int, Any]
 
 
 class Run:
-    """A training run in a folder; `ServiceClient.open_run` makes it, and explains the arguments.
+    """A training run in a folder, from `ServiceClient.open_run`, which documents the arguments.
 
-    Use it as a context manager, in one thread.  When the block is left, it saves the last step,
-    unless that failed, or was left in the middle.
+    Use it as a context manager, in one thread.  At the end of the block, it saves the last step,
+    unless that step failed or was left in the middle.
 
     Attributes:
-        folder: where its journal is.
-        record: the contents of the journal, up to date.
-        config: the settings that were given for it.
-        state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
-            from it: counters, the state of a random generator.
-        resumed_from: the checkpoint that it was continued from; None if it began from scratch.
+        folder: the folder that holds its journal.
+        record: the contents of the journal, kept up to date.
+        config: the settings that `open_run` was given.
+        state: a dict for your own JSON values, such as counters or the state of a random generator;
+            it is saved with each checkpoint and restored from it.
+        resumed_from: the checkpoint that the run was continued from; None if it began from scratch.
     """
 
     def __init__(
@@ -96,16 +96,17 @@ class Run:
         self.state: Dict[str, Any] = {}
         self._first_state = as_json("state", dict(state or {}))
         self._resumes = on_session_loss == "resume"
-        self._loops = 0  # begun so far
+        self._loops = 0  # loops begun so far
         self._running_loop: Optional[int] = None
         self._samplers = itertools.count(1)
         self._place = Place(0, 0, 0)
         self._current: Optional[_Current] = None
         self._piped: Optional[PipedSteps] = None
-        self._failure: Optional[BaseException] = None  # of metrics, still to be raised
+        self._failure: Optional[BaseException] = None  # raised by metrics, to be raised again
         self._closed = False
         with contextlib.ExitStack() as opened:
-            # First: SIGTERM while a checkpoint loads then raises SystemExit, which closes the rest.
+            # First, so that SIGTERM while a checkpoint loads raises SystemExit, which closes the
+            # rest.
             self._sigterm = Sigterm()
             if exit_on_sigterm:
                 self._sigterm.install()
@@ -113,7 +114,7 @@ class Run:
             files = self._files = RunFolder(self.folder)
             opened.callback(files.close)
             self.record = files.record
-            # Before the server is asked: a folder of another run costs no request.
+            # Before any request is sent: the folder may hold another run.
             files.check(source.spec(self.record.spec), self.config, accept_changes)
             self._connection = Connection(
                 service, source, self.record, files.note, max_session_losses
@@ -136,28 +137,27 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """How many steps are done, over all times that it was continued."""
+        """How many steps are done over the whole run, including those before it was continued."""
         return self._place.steps
 
     def steps(self, batches: Batches[B]) -> Iterator[RunStep[B]]:
-        """Iterate over the steps that are left to do, one for each batch.
+        """Iterate over the remaining steps, one for each batch.
 
         A step is done when the loop takes the next one: then its line is written, and a checkpoint
-        queued if one is due.  A step that the loop leaves by ``break`` counts if an optimizer step
-        was queued in it.  A program may have several such loops, one after the other: when it is
-        continued, those that were done already are empty.
+        is queued if one is due.  A step that the loop leaves by ``break`` counts if an optimizer
+        step was queued in it.  A program may have several such loops, one after the other: when the
+        run is continued, loops that were finished before are empty.
 
         Args:
-            batches: a sequence; a function that takes the number of batches to leave out and
-                returns an iterable of the others; or an iterable, which is read from its start to
-                the place where the run is.  Each time the program runs, they must be the same, in
-                the same order.
+            batches: a sequence; a function that takes the number of batches to skip and returns an
+                iterable of the rest; or an iterable, which is read from its start to where the run
+                is.  The batches and their order must be the same each time the program runs.
 
         Raises:
             InvalidInputError: *batches* cannot be iterated over, or the loops are nested.
             RunFolderError: the journal cannot be written.
             TinkexError: a checkpoint could not be saved.
-            SystemExit: with *exit_on_sigterm*, after the step in which SIGTERM came.
+            SystemExit: with *exit_on_sigterm*, after the step in which SIGTERM arrived.
         """
         return self._loop(batches, None)
 
@@ -171,20 +171,21 @@ class Run:
         depth: int = 2,
         metrics: Optional[Callable[[RunStep[Any]], Mapping[str, Any]]] = None,
     ) -> Iterator[RunStep[Any]]:
-        """Train like `TrainingClient.pipeline`, and iterate like `steps` over what is done.
+        """Train like `TrainingClient.pipeline`, and iterate over the finished steps like `steps`.
 
-        The steps have a ``result``, and its metrics are logged.  *adam_params* may be a function of
-        the index of the step in the whole run.  Checkpoints are exact at any *depth*, and do not
-        empty the pipeline.  If the loop is left, the steps that were submitted are waited for when
-        the run is closed, or the next loop begins.
+        Each step has a ``result``, whose metrics are logged.  *adam_params* may be a function of
+        the step's index in the whole run.  Checkpoints are exact at any *depth*, and do not drain
+        the pipeline.  If the loop is left early, the run waits for the submitted steps when it is
+        closed, or when the next loop begins.
 
         Args:
-            batches: as for `steps`, of batches for `TrainingClient.pipeline`.
+            batches: as for `steps`; each is a batch for `TrainingClient.pipeline`.
             loss_fn, adam_params, loss_fn_config, depth: as for `TrainingClient.pipeline`.
-            metrics: returns further metrics of a step to log, from its batch and its result.
-                Called for every step that is done, also for those that the loop was left before,
-                as by Ctrl-C.  If it fails, the step is logged without them, and the failure raised
-                when the steps that were submitted are done and saved.
+            metrics: returns additional metrics to log for a step, given the step with its batch and
+                result.  Called for every finished step, including steps that the loop did not get
+                to see because it was left, e.g. by Ctrl-C.  If it raises, the step is logged
+                without them, and the error is raised again once the submitted steps are done and
+                saved.
         """
         arguments = (loss_fn, adam_params, loss_fn_config, depth, metrics)
         return self._loop(batches, arguments)
@@ -192,13 +193,13 @@ class Run:
     def save_for_sampler(self) -> str:
         """Save the current weights for sampling, without a time to live; return the path.  Blocks.
 
-        The journal records it: `RunRecord.sampler`.  A step that a loop was left in counts if it
-        has trained, and the steps that a pipeline has submitted are waited for.
+        The journal records them as `RunRecord.sampler`.  If a loop was left within a step, that
+        step counts if it has trained; steps that a pipeline has submitted are waited for.
 
         Raises:
-            InvalidInputError: called within a loop over `pipeline`, whose next steps have been
-                submitted already, or within a step that has trained; or a step was left half done.
-            TinkexError: it could not be saved.
+            InvalidInputError: called within a loop over `pipeline`, whose next steps have already
+                been submitted, or within a step that has trained; or a step was left half done.
+            TinkexError: the weights could not be saved.
         """
         self._ensure_open()
         if self._running_loop is None:
@@ -215,9 +216,10 @@ class Run:
         return path
 
     def close(self) -> None:
-        """Save the last step, and close journal, folder and training client.  Idempotent.
+        """Save the last step, and close the journal, the folder and the training client.
 
-        Blocks.  Raises TinkexError if it could not be saved; it is closed all the same.
+        Idempotent.  Blocks.  Raises TinkexError if the step could not be saved; the run is closed
+        all the same.
         """
         self._close(None)
 
@@ -243,7 +245,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
-        # SIGTERM waits until the last step is saved; folder and handler are released after that.
+        # SIGTERM takes effect after the last step is saved and the folder and handler are released.
         with self._sigterm.held(), self._opened:
             try:
                 if error is None:
@@ -254,7 +256,7 @@ class Run:
                     except TinkexError as failure:  # *error* is the one to raise
                         logger.warning("the last step was not saved: %s", failure.message)
             finally:
-                # Before the session ends, in which its deletions are still under way.
+                # Before the session ends, because its deletions are still in flight there.
                 self._saver.close()
                 cause = self._failure if error is None else error
                 self._connection.close(*outcome_of(None if cause is None else type(cause)))
@@ -262,25 +264,28 @@ class Run:
                 self._raise_failure()
 
     def _may_save_after(self, error: BaseException) -> bool:
-        """Whether *error* leaves the steps of the server as they are known."""
+        """Whether we still know, after *error*, which steps the server has done."""
         if self._sigterm.is_forced:
             return False
         # An error of the server or the network may have lost any of the requests that were sent;
-        # Ctrl-C, and what the caller's own code has raised, have not.
+        # Ctrl-C and errors of the caller's own code lose none.
         by_metrics = self._piped is not None and error is self._piped.failure
         return by_metrics or not isinstance(error, TinkexError)
 
     def _save_last(self, *, may_count: bool) -> None:
-        """Save what is done, if a checkpoint can hold just that; *may_count* as for `_settle`."""
+        """Save all finished steps if a checkpoint would hold exactly those.
+
+        *may_count* as for `_settle`.
+        """
         if self._settle(may_count=may_count) and self._saver.can_save():
             place = self._place
             try:
                 self._saver.save_now(place, self.state, for_good=True)
             except SessionLostError as error:
-                # Continues from the newest checkpoint.  If that holds all steps, it only has to be
+                # Continue from the newest checkpoint.  If it includes all steps, it only has to be
                 # saved again, without a time to live.
                 self._resume(error)
-                if self._place != place:  # the loops are over: nothing would do the steps again
+                if self._place != place:  # the loops are over, so no loop can repeat the lost steps
                     raise
                 self._saver.save_now(place, self.state, for_good=True)
         else:
@@ -304,9 +309,9 @@ class Run:
     def _loop(
         self, batches: Batches[B], pipeline: Optional[_PipelineArguments]
     ) -> Iterator[RunStep[B]]:
-        """Return what begins a loop, and iterates over what is left to do of it."""
+        """Return an iterator that begins a loop and yields its remaining steps."""
         self._ensure_open()
-        # Checked here and not in the generator, which runs only when the first step is taken.
+        # Checked here, because the generator runs only when the first step is taken.
         if self._resumes and isinstance(batches, Iterator):
             raise InvalidInputError(
                 "batches is an iterator, which cannot be read again after a lost session",
@@ -319,24 +324,25 @@ class Run:
     ) -> Iterator[RunStep[B]]:
         self._settle_before()
         loop, self._loops = self._loops, self._loops + 1
-        # SIGTERM in a step only sets a flag, which `_walk` reads between steps.
+        # Within a step, SIGTERM only sets a flag, which `_walk` checks between steps.
         with self._sigterm.held(), self._running(loop):
-            while loop >= self._place.loop:  # or it was done before the run was continued
+            while loop >= self._place.loop:  # otherwise it was done before the run was continued
                 if loop > self._place.loop:
                     self._place = Place(self._place.steps, loop, 0)
                 try:
                     steps = self._walk(batches, loop)
                     for step in steps if pipeline is None else self._pipe(steps, pipeline):
                         yield step
-                        # Before `_advance` queues a checkpoint of it: a run that continues from
-                        # the checkpoint never writes the line.  In a pipeline, where checkpoints
-                        # are queued earlier, `Saver.after_step` waits for the line.
+                        # Write the step's line before `_advance` queues a checkpoint that includes
+                        # the step: a run that continues from the checkpoint never writes the line.
+                        # In a pipeline, where checkpoints are queued earlier, `Saver.after_step`
+                        # waits for the line.
                         step._end()
                     self._piped = None
-                    if self._resumes:  # so that a loss in the next loop does not lead back here
+                    if self._resumes:  # so that a loss in the next loop does not lead back to this
                         self._saver.save_now(self._place, self.state, for_good=False)
                 except SessionLostError as error:
-                    self._resume(error)  # which sets the place, perhaps in an earlier loop
+                    self._resume(error)  # sets the place, perhaps to one in an earlier loop
                     continue
                 return
 
@@ -346,16 +352,16 @@ class Run:
         try:
             yield
         finally:
-            if self._running_loop == loop:  # or it was left, and another one has begun since
+            if self._running_loop == loop:  # otherwise another loop has begun since
                 self._running_loop = None
 
     def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
-        """Yield a step for each batch; one is done, or all queued, when the next is taken."""
+        """Yield a step per batch.  When the next is taken, a step is done, or at least queued."""
         for batch in batches_from(batches, self._place.batch):
             if self._sigterm.requested:
                 return
             step = RunStep(self._place.steps, batch, self._write_step, self._resumes)
-            # The run's last update by identity: another one afterwards means that the step trained.
+            # If the training run's last update is a different object later, the step has trained.
             self._current = _Current(step, self.trainer._run.last_update)
             yield step
             if self._place.loop != loop:
@@ -367,23 +373,23 @@ class Run:
         return self._piped
 
     def _advance(self) -> None:
-        """Note that a step is done, or that all of it is queued; save if that is due."""
+        """Count a step that is done or completely queued; save if a checkpoint is due."""
         self._current = None
         self._place = self._place.after(1)
         if self._saver.after_step(self._place, self.state):
-            self._connection.losses = 0  # only sessions lost without progress are counted
+            self._connection.losses = 0  # count only sessions that were lost without progress
 
     def _has_trained(self) -> bool:
-        """Whether the step that the loop is at has changed the weights."""
+        """Whether the loop's current step has changed the weights."""
         current = self._current
         return current is not None and current.last_update is not self.trainer._run.last_update
 
     def _settle_before(self) -> None:
-        """Complete the step or the pipeline that a loop was left in.
+        """Complete the step or the pipeline that the previous loop left behind.
 
         Raises:
-            InvalidInputError: it was left within a step.
-            BaseException: what `metrics` has raised for one of its steps.
+            InvalidInputError: a step was left half done.
+            BaseException: the error that `metrics` raised for one of the pipeline's steps.
         """
         if not self._settle(may_count=True):
             raise InvalidInputError(
@@ -398,11 +404,11 @@ class Run:
             raise failure
 
     def _settle(self, *, may_count: bool) -> bool:
-        """Complete the step or pipeline that the loop was left in; False if one is half done.
+        """Complete the step or pipeline that a loop left; return False if a step is half done.
 
         Args:
-            may_count: a step that has changed the weights is taken as done; otherwise, after an
-                error, as half done.
+            may_count: count a step that has changed the weights as done.  False after an error:
+                such a step is then half done.
         """
         piped = self._piped
         if piped is not None:
@@ -412,13 +418,14 @@ class Run:
                 return False
             self._piped = None
             self._place = piped.place
-            self._failure = piped.failure if raised is None else None  # else the loop has raised it
+            # A failure from before was raised by the loop already.
+            self._failure = piped.failure if raised is None else None
         current, self._current = self._current, None
         run = self.trainer._run
         if current is None or (current.last_update is run.last_update and not run.has_gradient):
             return True
-        # After an error, the body of the step may have had more to do; and a checkpoint does not
-        # hold a gradient.
+        # After an error, the rest of the step's body did not run; and a checkpoint does not include
+        # the gradient.
         if not may_count or run.has_gradient:
             return False
         current.step._end()
@@ -426,7 +433,7 @@ class Run:
         return True
 
     def _resume(self, error: SessionLostError) -> None:
-        """Continue in another session; raise *error* if that is not wanted, or fails repeatedly."""
+        """Continue in a new session; raise *error* if that is not wanted or fails repeatedly."""
         if not self._resumes:
             raise error
         with self._sigterm.released():  # without a session there is nothing to save
@@ -434,10 +441,10 @@ class Run:
         self._restore(found)
 
     def _restore(self, checkpoint: Optional[CheckpointRecord]) -> None:
-        """Set place and state to those of *checkpoint*, or of the start if there is none."""
+        """Set the place and the state to those of *checkpoint*, or of the start if it is None."""
         self._current = self._piped = None
-        # In place, and by copies: the caller may hold the dict, and a later loss needs the values
-        # as they were saved.
+        # Update the dict in place, because the caller may hold it; copy the values, because a later
+        # loss needs them as they were saved.
         self.state.clear()
         if checkpoint is None:
             self._place = Place(0, 0, 0)
@@ -449,7 +456,7 @@ class Run:
 
 
 class _Current(NamedTuple):
-    """The step that a loop is at, and the run's last update before it."""
+    """The current step of a loop, and the training run's last update before it."""
 
     step: RunStep[Any]
     last_update: object

@@ -1,4 +1,4 @@
-"""Saver: the checkpoints of a run: when one is due, queueing it, and dropping the older ones."""
+"""Saver: queues a run's checkpoints when they are due, and drops older ones."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: So many saves in a row may fail before the run stops.
+#: The run stops when this many saves in a row have failed.
 _MAX_FAILURES = 3
 
-#: Closing waits this long for older checkpoints to be deleted, in seconds.
+#: How long closing waits for older checkpoints to be deleted, in seconds.
 _DELETE_S = 5.0
 
 
@@ -61,26 +61,26 @@ class SavePolicy:
         check_ttl(self.ttl_seconds)
 
     def is_due(self, steps: int, elapsed_s: float) -> bool:
-        """Whether to save now, *steps* and *elapsed_s* seconds after the last time."""
+        """Whether to save now, *steps* steps and *elapsed_s* seconds after the last checkpoint."""
         if self.every is not None and steps >= self.every:
             return True
         return self.minutes is not None and steps > 0 and elapsed_s >= self.minutes * 60
 
 
 class Place(NamedTuple):
-    """Where a run is: *steps* are done, and the next one has batch *batch* of loop *loop*."""
+    """Where a run is: *steps* are done, and the next step takes batch *batch* of loop *loop*."""
 
     steps: int
     loop: int
     batch: int
 
     def after(self, steps: int) -> Place:
-        """The place *steps* further on in the same loop."""
+        """Return the place *steps* further on in the same loop."""
         return Place(self.steps + steps, self.loop, self.batch + steps)
 
 
 class _Save(NamedTuple):
-    """A checkpoint under way."""
+    """A checkpoint in flight."""
 
     future: APIFuture[Any]
     name: str
@@ -94,12 +94,12 @@ class Saver:
     """Saves a run, one checkpoint at a time.  For one thread.
 
     Args:
-        policy: when, and what to keep.
-        record: of the run.
-        note: adds a line, of a kind and with facts, to the journal and to *record*.
+        policy: when to save, and what to keep.
+        record: the record of the run.
+        note: adds a line to the journal and to *record*, given its kind and facts.
 
     Attributes:
-        steps_written: how many steps have their line in the journal.
+        steps_written: how many steps have a line in the journal.
     """
 
     def __init__(self, policy: SavePolicy, record: RunRecord, note: Callable[..., None]) -> None:
@@ -112,20 +112,24 @@ class Saver:
         self._failures = 0
 
     def start(self, service: ServiceClient, trainer: TrainingClient, steps: int) -> None:
-        """Save *trainer* from now on, which holds *steps*; what was under way is dropped."""
+        """From now on, save *trainer*, which has done *steps*; forget any checkpoint in flight."""
         self._trainer = trainer
         self._rest = service.create_rest_client()
         if self._pending is not None:
-            discard([self._pending.future])  # or its failure would be logged as unretrieved
+            discard([self._pending.future])  # otherwise its failure would be logged as unretrieved
         self._pending = None
         self._deletions = []
         self._saved_steps = self.steps_written = steps
         self._saved_at = time.monotonic()
 
     def after_step(self, place: Place, state: Dict[str, Any]) -> bool:
-        """Save if it is due and *place* can be saved; True if an earlier one was finished.
+        """Queue a checkpoint of *place* if one is due and possible.
 
-        Does not wait: a checkpoint that is due while another one is under way is made later.
+        Does not block: if another checkpoint is in flight, the new one is queued after a later
+        step.
+
+        Returns:
+            Whether an earlier checkpoint was finished.
 
         Raises:
             TinkexError: saving has failed repeatedly, or the session has ended.
@@ -138,40 +142,40 @@ class Saver:
         return finished
 
     def _can_finish(self) -> bool:
-        """Whether the checkpoint under way is done, and the lines of all of its steps written.
+        """Whether the checkpoint in flight is done and the lines of all its steps are written.
 
-        A line that is missing in the journal when the run is continued is never written.
+        A run that continues from a checkpoint never writes the lines of its steps.
         """
         save = self._pending
         return save is not None and save.future.done() and save.place.steps <= self.steps_written
 
     def can_save(self) -> bool:
-        """Whether a checkpoint would hold all that was done.
+        """Whether a checkpoint would include all work so far.
 
-        The gradient is not saved; and a failure that the caller has yet to read may mean that a
-        part of a step was not done.
+        A checkpoint does not include a gradient; and a failure that the caller has not read yet may
+        mean that part of a step was not done.
         """
         run = self._trainer._run
         return not (run.has_gradient or run.has_unread_failure)
 
     def save_now(self, place: Place, state: Dict[str, Any], *, for_good: bool) -> None:
-        """Wait for what is under way; then save *place*, unless that has been done, and wait.
+        """Wait for the checkpoint in flight; then save *place*, unless it is saved, and wait.
 
         Args:
-            for_good: without a time to live.
+            for_good: save it without a time to live.
 
         Raises:
-            TinkexError: it could not be saved.
+            TinkexError: the checkpoint could not be saved.
         """
         if self._pending is not None:
             self.finish()
         if not self._is_saved(place, for_good):
-            self._failures = _MAX_FAILURES  # the first failure is raised: no later step tries again
+            self._failures = _MAX_FAILURES  # raise the first failure: no later step tries again
             self._queue(place, state, None if for_good else self._policy.ttl_seconds)
             self.finish()
 
     def finish_pending(self) -> None:
-        """Wait for the checkpoint under way, if there is one and all of its steps are written.
+        """Wait for the checkpoint in flight, if there is one and all its steps are written.
 
         Raises:
             TinkexError: as `finish`.
@@ -180,7 +184,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> bool:
-        """Wait for the checkpoint under way, note it, and drop older ones; False if it failed.
+        """Wait for the checkpoint in flight, record it, and drop older ones; False if it failed.
 
         Raises:
             TinkexError: saving has failed repeatedly, or the session has ended.
@@ -189,7 +193,7 @@ class Saver:
         assert save is not None
         try:
             path = self._path_of(save)
-        # Not SessionLostError: without a new session, no later attempt can succeed.
+        # Not SessionLostError: in a lost session, no later attempt can succeed.
         except (APIError, RequestFailedError) as error:
             self._failures += 1
             if self._failures >= _MAX_FAILURES:
@@ -203,11 +207,11 @@ class Saver:
             return False
         self._failures = 0
         if self._trainer._run.failed_updates != save.failed_updates:
-            # A request ahead of it in the queue failed: it lacks a step that `place` counts.
+            # A request ahead of it in the queue failed, so it lacks a step that `place` counts.
             logger.info("dropping %s: a request before it has failed", path)
             self._delete(path)
             return False
-        # Only now is it one to continue from, and only then may older ones go: whenever the process
+        # Record it only once it is saved, and drop older ones only after that: whenever the process
         # is killed, the newest checkpoint in the journal exists on the server.
         self._note(
             "checkpoint",
@@ -220,7 +224,7 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Wait a few seconds for the deletions under way."""
+        """Wait a few seconds for the deletions in flight."""
         wait(self._deletions, _DELETE_S)
         self._read_deletions()
 
@@ -231,18 +235,18 @@ class Saver:
             # (`RunSource.spec`).
             return place.steps == 0
         same = (newest.steps, newest.loop, newest.batch) == place
-        # The newest must not expire while the run is not open, so it is saved once more without a
-        # limit.
+        # A checkpoint saved for good must not expire while the run is closed, so one with a time to
+        # live is saved again without.
         return same and not (for_good and newest.ttl_seconds is not None)
 
     def _queue(self, place: Place, state: Dict[str, Any], ttl_seconds: Optional[int]) -> None:
-        """Queue a checkpoint behind all requests of the run so far."""
-        # Counted, since a name is used once: see `_path_of`.
+        """Queue a checkpoint behind all requests that the run has queued so far."""
+        # With a counter, because each name is used only once: see `_path_of`.
         name = f"autosave-{place.steps}-{next(self._counter)}"
-        # Read before queueing: a failure of anything ahead in the queue then shows as a change.
+        # Read before queueing: if a request ahead in the queue fails later, the count changes.
         failed_updates = self._trainer._run.failed_updates
         future = self._trainer.save_state(name, ttl_seconds)
-        # A copy of the state, which the loop may change while the server saves.
+        # Copy the state, because the loop may change it while the server saves.
         state = as_json("run.state", state)
         self._pending = _Save(future, name, place, state, ttl_seconds, failed_updates)
         self._saved_steps, self._saved_at = place.steps, time.monotonic()
@@ -251,8 +255,8 @@ class Saver:
         try:
             path: str = save.future.result().path
         except (ConflictError, RequestFailedError):
-            # This name is used once, so if it exists, it is this very checkpoint: the response to
-            # the first attempt was lost.
+            # Each name is used only once, so if it exists, it is this very checkpoint: the response
+            # to the first attempt was lost.
             for found in self._rest.list_checkpoints(self._trainer.model_id).result().checkpoints:
                 if found.checkpoint_id.endswith(f"weights/{save.name}") and found.tinker_path:
                     return found.tinker_path
@@ -260,11 +264,11 @@ class Saver:
         return path
 
     def _drop_old(self) -> None:
-        """Delete the checkpoints beyond those to keep; the journal forgets them first."""
+        """Delete all but the newest checkpoints, after removing them from the record."""
         keep = self._policy.keep
         for old in self._record.checkpoints[:-keep] if keep is not None else ():
-            # In this order a crash in between leaves a checkpoint that is never used; the other
-            # order would leave a record of one that is gone.
+            # In this order, a crash in between leaves a checkpoint that is never used; in the other
+            # order, it would leave a record of a checkpoint that is gone.
             self._note("gone", path=old.path)
             self._delete(old.path)
 
@@ -273,7 +277,7 @@ class Saver:
         self._deletions.append(self._rest.delete_checkpoint_from_tinker_path(path))
 
     def _read_deletions(self) -> None:
-        """Log deletions that have failed: those checkpoints expire, if they have a time to live."""
+        """Log failed deletions.  Those checkpoints expire, if they have a time to live."""
         for deletion in [future for future in self._deletions if future.done()]:
             self._deletions.remove(deletion)
             error = deletion.exception()
@@ -285,7 +289,7 @@ def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[i
     """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
 
     Raises:
-        TinkexError: they could not be saved.
+        TinkexError: the weights could not be saved.
     """
     path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
     if path is None:

@@ -1,4 +1,4 @@
-"""RunSource: what a run is made from, the first time and from its checkpoints."""
+"""RunSource: creates a run's training client, at first and from its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from tinkex.clients.training import TrainingClient
     from tinkex.types import OptimizerConfig
 
-#: Seeds are drawn below this: all servers take them.
+#: Seeds are drawn below this limit, because every server accepts those.
 SEEDS = 2**31
 
 
 @dataclasses.dataclass
 class RunSource:
-    """Makes the training runs of a run folder; fields as for `ServiceClient.open_run`.
+    """Creates the training clients of a run folder; fields as for `ServiceClient.open_run`.
 
-    ``layers`` are the arguments *train_mlp*, *train_attn* and *train_unembed*.
+    ``layers`` holds the arguments *train_mlp*, *train_attn* and *train_unembed*.
     """
 
     base_model: str
@@ -35,18 +35,18 @@ class RunSource:
     optimizer: Optional[OptimizerConfig]
 
     def spec(self, earlier: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return all of it as JSON; what is not given is as in *earlier*, from the journal.
+        """Return the fields as JSON values; *earlier* is the spec in the journal.
 
-        A seed is chosen if there is none, so that a run that is killed before its first checkpoint
-        starts again with the same weights.
+        If no seed was given, the one in *earlier* is used, or else one is drawn, so that a run that
+        is killed before its first checkpoint starts again with the same weights.
         """
         if self.start_from is not None:
-            # The checkpoint decides on rank, seed and layers.
+            # The checkpoint determines the rank, the seed and the layers.
             own: Dict[str, Any] = {}
         else:
             if self.seed is None:
-                # SystemRandom does not depend on a seed that the program has set, and does not
-                # advance the generator that it uses.
+                # SystemRandom is independent of the program's seed, and does not advance its
+                # generator.
                 self.seed = earlier.get("seed", random.SystemRandom().randrange(SEEDS))
             own = {"rank": self.rank, "seed": self.seed, **self.layers}
         return {
@@ -57,7 +57,7 @@ class RunSource:
         }
 
     def create(self, service: ServiceClient) -> TrainingClient:
-        """Make the run for the first time.  Blocks."""
+        """Create the run for the first time.  Blocks."""
         if self.start_from is not None:
             return service.create_training_client_from_state(
                 self.start_from, self.base_model, self.user_metadata, optimizer=self.optimizer
@@ -72,19 +72,19 @@ class RunSource:
         )
 
     def restore(self, service: ServiceClient, path: str) -> TrainingClient:
-        """Make a run that continues from the checkpoint at *path*.  Blocks."""
-        # With the optimizer's moments: without them the next steps would differ from those of a run
-        # that was not interrupted.
+        """Create a run that continues from the checkpoint at *path*.  Blocks."""
+        # With the optimizer's state: without it, the next steps would differ from those of an
+        # uninterrupted run.
         return service.create_training_client_from_state_with_optimizer(
             path, self.base_model, self.user_metadata
         )
 
 
 def as_json(what: str, value: Any) -> Any:
-    """Return *value* as it comes back from JSON; InvalidInputError if it cannot be written."""
+    """Return *value* after a round trip through JSON; InvalidInputError if JSON cannot hold it."""
     try:
-        # There and back: tuples become lists, as in the journal, which it is compared with; and the
-        # copy does not change with the caller's value.
+        # The round trip turns tuples into lists, as in the journal that the value is compared with,
+        # and makes a copy that does not change with the caller's value.
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} cannot be written as JSON: {error}") from error

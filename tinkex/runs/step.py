@@ -1,4 +1,4 @@
-"""RunStep: one step of a run, as the loop over `Run.steps` gets it."""
+"""RunStep: one step of a run, as `Run.steps` and `Run.pipeline` yield it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ B = TypeVar("B")
 
 
 class RunStep(Generic[B]):
-    """One step.  For one thread.
+    """One step of a run.  For one thread.
 
     Attributes:
-        index: from 0, over the whole run, also after it was continued.
-        batch: what the loop trains on.
-        result: from `Run.pipeline`, the results of its requests; else None.
+        index: counts from 0 over the whole run, including the steps before it was continued.
+        batch: the batch to train on.
+        result: the results of the step's requests in a loop over `Run.pipeline`; otherwise None.
 
-    ``with step:`` around the loop's body lets `open_run(on_session_loss="resume")` continue after
-    the loss of the session: the SessionLostError ends the body, and the loop continues from the
+    With ``with step:`` around the loop's body, `open_run(on_session_loss="resume")` can continue
+    after the session is lost: the SessionLostError ends the body, and the loop continues from the
     last checkpoint.
     """
 
@@ -43,19 +43,19 @@ class RunStep(Generic[B]):
 
     @property
     def metrics(self) -> Dict[str, Any]:
-        """What was logged for this step so far, as the journal has it."""
+        """A copy of the metrics logged for this step so far, as written to the journal."""
         return dict(self._metrics)
 
     def log(self, metrics: Optional[Mapping[str, Any]] = None, **more: Any) -> None:
-        """Have the journal hold these metrics of this step, with those logged before.
+        """Add metrics to this step's line in the journal.
 
-        They are written when the step is done, or immediately if it is already.
+        They are written when the step is done, or immediately if it is done already.
 
         Args:
-            metrics, more: numbers, also of numpy or torch; strings, booleans or None.
+            metrics, more: numbers (including those of numpy and torch), strings, booleans or None.
 
         Raises:
-            InvalidInputError: a value is something else.
+            InvalidInputError: a value has another type.
             RunFolderError: the journal cannot be written.
         """
         given = {**(metrics or {}), **more}
@@ -74,8 +74,8 @@ class RunStep(Generic[B]):
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> bool:
-        # The error is kept for the run's loop: raised here, it would end the caller's `for` loop,
-        # since a generator cannot catch what the body of the loop raises.
+        # Keep the error for the run's generator: raised here, it would end the caller's `for` loop,
+        # because a generator cannot catch what the loop's body raises.
         if self._resumes and isinstance(exc, SessionLostError):
             self._lost = exc
         return self._lost is not None
@@ -84,13 +84,13 @@ class RunStep(Generic[B]):
         return f"<RunStep {self.index}>"
 
     def _end(self) -> None:
-        """Write the step with what was logged so far; raise the SessionLostError that ended it.
+        """Write the step's line, or raise the SessionLostError that ended the step.
 
         Raises:
-            InvalidInputError: ``on_session_loss="resume"`` needs ``with step:``.
+            InvalidInputError: ``on_session_loss="resume"`` was given, but not ``with step:`` used.
         """
         if self._lost is not None:
-            # Here it is raised within the run's generator, which can catch it (see `__exit__`).
+            # Raised here, in the run's generator, which catches it (see `__exit__`).
             raise self._lost
         if self._resumes and not self._entered:
             raise InvalidInputError(
@@ -100,7 +100,7 @@ class RunStep(Generic[B]):
         self._write()
 
     def _write(self) -> None:
-        """Write the step with what was logged so far, once."""
+        """Write the step's line with the metrics logged so far, unless it was written already."""
         if not self._written:
             self._written = True
             self._log(self.index, self.metrics)
@@ -114,5 +114,5 @@ def _metric(name: object, value: Any) -> Any:
         raise InvalidInputError(
             f"the metric {name!r} is of type {type(value).__name__}; it must be a number or text"
         )
-    # JSON has no NaN and no infinity: they are written as text, which float() reads.
+    # JSON has no NaN and no infinity: write them as text that float() can parse.
     return number if isinstance(number, int) or math.isfinite(number) else str(number)

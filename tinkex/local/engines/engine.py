@@ -159,8 +159,8 @@ class Engine(Protocol):
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
         """Replace the adapter of *model_id* with a saved one.
 
-        The optimizer is replaced with the saved one, or a fresh one.  An accumulated gradient is
-        dropped.
+        The optimizer becomes the saved one if *with_optimizer*, else a fresh one.  An accumulated
+        gradient is dropped.
         """
 
     def lora_config(self, folder: Path) -> LoraConfig:

@@ -20,7 +20,7 @@ NOTE_FILE = "MERGING.md"
 #: What PEFT puts before the names of a model's layers in weight files.
 PREFIX = "base_model.model."
 
-#: How the names of an adapter's weights on the output layer begin in the hosted service's exports.
+#: What the names of output-layer weights begin with in the hosted service's exports.
 EXPORTED_OUTPUT = f"{PREFIX}model.unembed_tokens."
 
 
@@ -34,7 +34,7 @@ def is_tied(model: Any) -> bool:
     """Return whether the output layer of *model* shares its weights with the embedding."""
     try:
         output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    except NotImplementedError:  # transformers knows neither in this model, and ties nothing
+    except NotImplementedError:  # transformers knows neither layer here, and ties nothing
         return False
     weight = getattr(output, "weight", None)
     return weight is not None and weight is getattr(embedding, "weight", None)
@@ -92,9 +92,9 @@ merge_adapter("path/of/this/folder", "path/of/the/merged/model")
 
 _TIED = """It changes the output layer of {base_model}, which shares its weights with the embedding
 (the model is tied: `tie_word_embeddings` is true in its config.json). Used as an adapter, with PEFT
-or vLLM for instance, it is right as it is. Merged by `merge_and_unload()` alone, it is wrong: the
-change of the output layer would go into the embedding, too, and ruin the model.
-`ensure_weight_tying` does not help; it is for adapters that were trained on both.
+or vLLM for example, it works as it is. Merging it by `merge_and_unload()` alone ruins the model:
+the change to the output layer would go into the embedding, too. `ensure_weight_tying` does not
+help; it is for adapters that were trained on both layers.
 
 An adapter made with `train_unembed=False` leaves the output layer alone, and merges as usual.
 """
@@ -112,6 +112,6 @@ model = PeftModel.from_pretrained(model, "path/of/this/folder").merge_and_unload
 """
 
 _EXPORTED = """It is an export: its output layer is called `model.unembed_tokens`, as in exports of
-the hosted service, a name that PEFT and vLLM do not know. They leave the output layer as it was.
+the hosted service. PEFT and vLLM do not know this name, and would leave the output layer unchanged.
 For them, download a checkpoint made by `save_state` or `save_weights_for_sampler`.
 """
