@@ -239,7 +239,7 @@ class Generator:
         room = limit - prompt_tokens
         if room < 1:
             raise ContextFullError(
-                f"the conversation has {prompt_tokens} tokens, and fills the model's context of "
+                f"the conversation has {prompt_tokens} tokens, which fills the model's context of "
                 f"{limit}",
                 hint='Begin a new conversation with "/new".',
             )

@@ -128,7 +128,7 @@ def _method(job: Job, examples: data.Examples) -> str:
     """Return the method for *examples*; InvalidInputError if ``--method`` is another one."""
     preferences = data.Preference in examples.kinds
     if preferences and len(examples.kinds) > 1:
-        raise InvalidInputError(f"{examples.path} has preferences and other examples, too")
+        raise InvalidInputError(f"{examples.path} has both preferences and other examples")
     found = "dpo" if preferences else "supervised"
     if job.method not in (None, found):
         raise InvalidInputError(
@@ -146,7 +146,9 @@ def _share(heldout: Optional[str]) -> Optional[float]:
     except ValueError:
         return None
     if not 0 <= share < 1:
-        raise InvalidInputError(f"--heldout is {heldout}; a share is at least 0, and less than 1")
+        raise InvalidInputError(
+            f"--heldout is {heldout}; a share must be at least 0 and less than 1"
+        )
     return share
 
 

@@ -22,8 +22,8 @@ JOURNAL_NAME = "journal.jsonl"
 
 #: The remedy if a run folder cannot be written.
 WRITABLE = (
-    "Nothing that it holds is lost. Once it can be written, run the program again: it continues "
-    "from the last checkpoint."
+    "Nothing in it is lost. Once it can be written, run the program again: it continues from the "
+    "last checkpoint."
 )
 
 
