@@ -29,7 +29,8 @@ _HELDOUT_FROM = 40
 _RATES = {"supervised": 2e-4, "dpo": 1e-5}
 #: For supervised training on the embedded server: the narrower a model, the higher its best rate,
 #: and models that are trained on one machine are narrow.  (After 24 steps of smollm2-135m on 190
-#: chats, the held-out loss was 1.24 with 2e-4 and 0.28 with 1e-3: too high for wider models.)
+#: chats, the held-out loss was 1.24 with a rate of 2e-4, and 0.28 with 1e-3.  But 1e-3 is too high
+#: for wider models.)
 _RATE_HERE = 5e-4
 
 
