@@ -1,4 +1,4 @@
-"""What holds for every test (no model hub, no thread or socket left over), and shared fixtures."""
+"""Rules for every test (no model hub, no leaked thread or socket), and shared fixtures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Iterator, List
 
 import pytest
 
-# The environment of the JSON-era client has neither tinkex nor its libraries: the fixtures import
-# what they use.
+# The environment of the JSON-era client has neither tinkex nor its libraries, so the fixtures
+# import what they use.
 if TYPE_CHECKING:
     from support.scripted_server import ScriptedServer
     from support.tinker_routes import TinkerRoutes
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
     from tinkex import ServiceClient, TrainingClient
     from tinkex.local import LocalServer
 
-#: How long a stopped thread may take to leave.
+#: How long a stopped thread may take to end.
 GRACE_S = 20.0
 
-# Read when huggingface_hub is imported.  Where nothing answers, it would try for a minute.
+# Read when huggingface_hub is imported.  Without a connection, the hub client would retry for a
+# minute.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if importlib.util.find_spec("hypothesis") is not None:  # it is not with the JSON-era client
+if importlib.util.find_spec("hypothesis") is not None:  # missing with the JSON-era client
     from hypothesis import HealthCheck, settings
     from support.properties import several
 
     settings.register_profile("steady", several(100), suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("steady")
 
-# A background job of a shell ignores Ctrl-C, and its children would inherit that; ours are sent it.
+# A shell's background job ignores Ctrl-C, and so do its children; but tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run all tests with a key that none of them may show, if that is wished."""
+    """If requested, run all tests with a key that none of them may leak."""
     if os.environ.get("TINKEX_CANARY"):
         from support import canary
 
@@ -49,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run of many tests of which none did anything: a skip that was meant for a few."""
+    """Fail if all of many tests were skipped: a skip meant for a few must have hit all."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     many = session.testscollected > 100 and not session.config.option.collectonly
     if many and reporter is not None and not reporter.stats.get("passed"):
@@ -57,15 +58,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def tinkex_threads() -> List[threading.Thread]:
-    """Return the library's own threads that are alive."""
+    """Return the live threads of the library."""
     return [t for t in threading.enumerate() if t.name.startswith("tinkex-") and t.is_alive()]
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    """Fail a test after which a thread of the library lives on.
+    """Fail a test that leaves a thread of the library alive.
 
-    Threads of fixtures with a wider scope, which were there before the test, are theirs.
+    Threads from before the test belong to fixtures with a wider scope, and do not count.
     """
     before = set(tinkex_threads())
     yield
@@ -76,20 +77,20 @@ def no_thread_is_left() -> Iterator[None]:
     left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {[t.name for t in left]}"
     server_state = sys.modules.get("tinkex._transport.server_state")
-    if server_state is not None:  # servers of later tests may get the ports of this one's
+    if server_state is not None:  # servers of later tests may reuse this test's ports
         server_state.forget_servers()
-    # A socket dropped without being closed warns when it is collected; warnings are errors.
+    # A socket that was not closed warns when it is collected, and warnings are errors.
     gc.collect(0)
     lifecycle = sys.modules.get("tinkex._runtime.lifecycle")
-    if lifecycle is not None:  # failed futures that the test did not read are not the next one's
+    if lifecycle is not None:  # unread failed futures of this test must not be reported in the next
         lifecycle.run_deferred()
 
 
 @pytest.fixture(scope="module")
 def untraced_processes() -> Iterator[None]:
-    """Processes that are started are not measured by coverage, which doubles an import of torch.
+    """Keep coverage out of started processes: it doubles the time to import torch.
 
-    What they run of tinkex is measured where other tests run it.
+    Other tests measure the code that they run.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
@@ -98,7 +99,7 @@ def untraced_processes() -> Iterator[None]:
 
 @pytest.fixture
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed is sent again after milliseconds, where the server asks for no longer pause."""
+    """Retries come after milliseconds, unless the server asks for a longer pause."""
     from tinkex._results import backoff
     from tinkex.retry import RetryPolicy
 
@@ -109,7 +110,7 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    """A real HTTP server that sends the responses a test gives it."""
+    """A real HTTP server that sends the responses that a test scripts."""
     from support.scripted_server import ScriptedServer
 
     with ScriptedServer() as scripted:
@@ -126,7 +127,7 @@ def routes(server: ScriptedServer) -> TinkerRoutes:
 
 @pytest.fixture
 def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that script the server's flags later: a client with a key asks for them first."""
+    """For tests that script the flags later: a client with a key would request them first."""
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
 
 

@@ -1,7 +1,7 @@
-"""What tinkex uses of other libraries beyond what they document.
+"""The undocumented parts of other libraries that tinkex uses.
 
-Each entry names the library, the name, and the module that relies on it.  When a new release takes
-one away, the failure says so here, rather than somewhere in the middle of a training run.
+Each entry names the library, the name, and the module that relies on it.  If a new release removes
+a name, the failure shows up here rather than in the middle of a training run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tinkex
 
 
 class Use(NamedTuple):
-    """A name that is used: ``module:attribute.path``, and by whom."""
+    """A name that we use, as ``module:attribute.path``, and the module that uses it."""
 
     name: str
     by: str
@@ -59,9 +59,9 @@ ATTRIBUTES = [
     Use("waitress.task:ThreadedTaskDispatcher.shutdown", "local/http/threads.py"),
     Use("waitress.channel:ClientDisconnected", "testing/exchange.py"),
     Use("waitress.channel:HTTPChannel.check_client_disconnected", "testing/exchange.py"),
-    # Without it the server starts more slowly, and works.
+    # Optional: without it the server works, but starts more slowly.
     Use("werkzeug.routing:Rule._compile_builder", "local/app.py"),
-    # requests and urllib3: connections are listed, so that they can be broken off.
+    # requests and urllib3: we list their connections, so that we can abort them.
     Use("requests:Session.resolve_redirects", "_transport/channel.py"),
     Use("requests.adapters:HTTPAdapter.init_poolmanager", "_transport/channel.py"),
     Use("requests.adapters:HTTPAdapter.proxy_manager_for", "_transport/channel.py"),
@@ -70,7 +70,7 @@ ATTRIBUTES = [
     Use("urllib3.connectionpool:HTTPConnectionPool.ConnectionCls", "_transport/channel.py"),
     Use("urllib3.response:HTTPResponse.CONTENT_DECODERS", "_transport/channel.py"),
     Use("urllib3.util.wait:wait_for_read", "_transport/fast_connection.py"),
-    # dataclasses-json: encoders and decoders are read from the fields' metadata.
+    # dataclasses-json: we read encoders and decoders from the fields' metadata.
     Use("dataclasses_json:DataClassJsonMixin.from_dict", "types/_wire.py"),
     Use("dataclasses_json:config", "types/_wire.py"),
     Use("google.protobuf.internal.builder:BuildTopDescriptorsAndMessages", "wire/*_pb2.py"),
@@ -102,18 +102,18 @@ def resolve(name: str) -> Any:
 
 
 @pytest.mark.parametrize("use", ATTRIBUTES, ids=lambda use: use.name)
-def test_what_we_use_is_there(use: Use) -> None:
+def test_the_names_that_the_client_uses_exist(use: Use) -> None:
     assert resolve(use.name) is not None, f"used by tinkex/{use.by}"
 
 
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize("use", ENGINE_ATTRIBUTES, ids=lambda use: use.name)
-def test_what_the_engine_uses_is_there(use: Use) -> None:
+def test_the_names_that_the_engine_uses_exist(use: Use) -> None:
     assert resolve(use.name) is not None, f"used by tinkex/local/{use.by}"
 
 
-def test_waitress_takes_a_dispatcher_and_a_socket_map_of_ours() -> None:
+def test_waitress_accepts_our_dispatcher_and_socket_map() -> None:
     from waitress.adjustments import Adjustments
     from waitress.server import TcpWSGIServer
 
@@ -125,7 +125,7 @@ def test_waitress_takes_a_dispatcher_and_a_socket_map_of_ours() -> None:
 
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-def test_a_cache_is_made_of_layers_of_ours() -> None:
+def test_a_cache_can_be_made_of_our_layers() -> None:
     from transformers.cache_utils import Cache, DynamicCache
 
     assert "layers" in inspect.signature(Cache.__init__).parameters
@@ -135,7 +135,7 @@ def test_a_cache_is_made_of_layers_of_ours() -> None:
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaModel", "GPT2LMHeadModel"])
-def test_a_models_forward_names_its_cache(architecture: str) -> None:
+def test_the_forward_method_of_a_model_has_a_parameter_for_the_cache(architecture: str) -> None:
     import transformers
 
     parameters = inspect.signature(getattr(transformers, architecture).forward).parameters
@@ -152,12 +152,13 @@ def declared() -> List[str]:
     return sorted(set(names))
 
 
-#: Packages whose modules are called otherwise, and those that a declared one documents as its own.
+#: Packages whose modules have other names, and packages that a declared package documents as its
+#: own.
 PACKAGES = {"google": "protobuf", "werkzeug": "flask", "tokenizers": "transformers"}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Yield the top-level packages that *file* imports, but for what only type checkers see."""
+    """Yield the top-level packages that *file* imports, except under TYPE_CHECKING."""
     nodes: List[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()

@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
-#: From the bottom up: each imports only itself and those before it, late imports included.
+#: From the bottom up: each imports only itself and earlier ones, late imports included.
 LAYERS = [
     "_version",
     "errors",
@@ -70,10 +70,11 @@ LOCAL_LAYERS = [
     "server",
 ]
 
-#: What the embedded server shares with the client, so that each can be tested against the other.
+#: The layers that the embedded server shares with the client; the rest can be tested against each
+#: other.
 VALUES = {"_version", "errors", "_runtime", "types", "wire", "local"}
 
-#: Upward imports that are meant, and why.
+#: Deliberate upward imports, and their reasons.
 EXCEPTIONS = {
     ("tinkex.clients.service", "tinkex.local"): "ServiceClient.local() starts the embedded server",
     ("tinkex.clients.service", "tinkex.runs"): "ServiceClient.open_run() opens a run folder",
@@ -82,7 +83,7 @@ EXCEPTIONS = {
 #: The only module with coroutines, for programs that have an event loop of their own.
 AWAITING = "tinkex._runtime.awaiting"
 
-#: Imported where it is used, never with a module that everyone imports.
+#: Imported where they are used, never at the top of a module that everyone imports.
 HEAVY = {
     "torch",
     "transformers",
@@ -105,7 +106,7 @@ HEAVY = {
     "click",
     "huggingface_hub",
 }
-#: These may import at module level what they are there for, being imported late themselves.
+#: Modules that are themselves imported late may import these libraries at module level.
 HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
     "tinkex.local.http": {"flask", "werkzeug", "waitress"},
@@ -119,7 +120,7 @@ HEAVY_ALLOWED = {
 
 
 class Import(NamedTuple):
-    """One imported name: where it stands, and whether importing the module runs it."""
+    """One imported name: its line, and whether importing the module executes the import."""
 
     module: str
     target: str
@@ -156,7 +157,7 @@ def rank(module: str) -> int:
 
 
 def imports(module: str, tree: ast.Module) -> Iterator[Import]:
-    """Yield what *tree* imports, inside functions and behind TYPE_CHECKING too."""
+    """Yield the imports in *tree*, including those inside functions and behind TYPE_CHECKING."""
     is_package = (PACKAGE.parent / module.replace(".", "/")).is_dir()
     for node, at_import in import_statements(tree, True):
         if isinstance(node, ast.Import):
@@ -177,14 +178,14 @@ def imports(module: str, tree: ast.Module) -> Iterator[Import]:
 def import_statements(
     node: ast.AST, at_import: bool
 ) -> Iterator[Tuple[Union[ast.Import, ast.ImportFrom], bool]]:
-    """Yield the import statements inside *node*, and whether importing the module runs them."""
+    """Yield the import statements inside *node*, and whether importing the module executes them."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield node, at_import
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
         isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
     ):
         at_import = False
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):  # those of statements
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):  # they hold statements
         inside = getattr(node, field, None)
         for child in inside if isinstance(inside, list) else []:
             yield from import_statements(child, at_import)
@@ -202,7 +203,7 @@ def excused(found: Import) -> bool:
     )
 
 
-def test_the_layers_are_what_stands_at_the_top():
+def test_the_layers_are_the_folders_and_modules_at_the_top():
     assert {layer(module) for module in SOURCES} - {""} == set(LAYERS)
 
 
@@ -215,7 +216,7 @@ def test_imports_go_downward():
     assert upward == []
 
 
-def test_the_layers_of_the_server_are_what_stands_in_its_folder():
+def test_the_layers_of_the_server_are_the_folders_and_modules_in_its_folder():
     assert {local_layer(module) for module in SOURCES} - {""} == set(LOCAL_LAYERS)
 
 
@@ -266,7 +267,7 @@ def test_no_import_cycle():
 
 
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {AWAITING}))
-def test_asyncio_is_the_business_of_one_module(module):
+def test_only_one_module_uses_asyncio(module):
     tree = SOURCES[module]
     coroutines = [
         node.lineno
@@ -311,15 +312,15 @@ def test_no_test_sleeps():
     sleeps = [
         f"{path.name}:{node.lineno}"
         for path, text in texts.items()
-        if "sleep" in text  # parsing all of them takes seconds
+        if "sleep" in text  # parsing every file would take seconds
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
     ]
     assert sleeps == [], "wait for an Event that the code really sets"
 
 
-def test_nothing_waits_a_short_time_on_a_simple_queue():
-    # Before Python 3.13, it may wait for ever; see Inbox.
+def test_no_code_waits_on_a_simple_queue_with_a_timeout():
+    # Before Python 3.13 such a wait may last forever; see Inbox.
     users = {module for module in SOURCES if "SimpleQueue(" in ast.unparse(SOURCES[module])}
     assert users == {"tinkex._runtime.worker_pool"}
 

@@ -1,5 +1,4 @@
-"""The public names of the official SDK (docs/compatibility.md): all here, or left out
-for a reason that is written down."""
+"""tinkex has every public name of the official SDK, or docs/compatibility.md says why not."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ __version__ __title__
 """
 TOP = NAMES.split()
 
-#: What tinkex does not have, and why.
+#: The names that tinkex lacks, and why.
 LEFT_OUT: Dict[str, str] = {
     "resources": "coroutines, one class per group of endpoints; ours are plain functions",
     "Timeout": "an object of httpx; see Config for our timeouts",
@@ -51,7 +50,7 @@ METHODS: Dict[str, str] = {
     "APIFuture": "result future",
 }
 
-#: Client -> its methods that have a twin ending in _async, to be awaited.
+#: Client -> its methods that have an awaitable twin ending in _async.
 AWAITABLE: Dict[str, str] = {
     "ServiceClient": """create_lora_training_client create_training_client_from_state
         create_training_client_from_state_with_optimizer create_sampling_client
@@ -111,7 +110,7 @@ HELPERS: Dict[str, str] = {
 
 
 @pytest.mark.parametrize("name", TOP)
-def test_every_top_level_name_is_here_or_left_out_for_a_reason(name: str) -> None:
+def test_every_top_level_name_exists_or_has_a_reason_not_to(name: str) -> None:
     assert hasattr(tinkex, name) != (name in LEFT_OUT)
 
 
@@ -119,7 +118,7 @@ def test_every_top_level_name_is_here_or_left_out_for_a_reason(name: str) -> Non
     ("client", "method"),
     [(client, method) for client, methods in METHODS.items() for method in methods.split()],
 )
-def test_every_method_is_here(client: str, method: str) -> None:
+def test_every_method_exists(client: str, method: str) -> None:
     assert callable(getattr(getattr(tinkex, client), method))
 
 
@@ -134,11 +133,11 @@ def test_parameters_have_the_names_and_the_order_of_the_official_ones(method: st
     ("owner", "helper"),
     [(owner, helper) for owner, helpers in HELPERS.items() for helper in helpers.split()],
 )
-def test_every_helper_of_the_types_is_here(owner: str, helper: str) -> None:
+def test_every_helper_of_the_types_exists(owner: str, helper: str) -> None:
     assert hasattr(getattr(types, owner), helper)
 
 
-def test_clients_stand_for_the_futures_of_themselves() -> None:
+def test_a_client_can_stand_in_for_the_future_of_itself() -> None:
     assert tinkex.BackcompatTrainingClientFuture is tinkex.TrainingClient
     assert tinkex.BackcompatSamplingClientFuture is tinkex.SamplingClient
 
@@ -147,7 +146,7 @@ def test_clients_stand_for_the_futures_of_themselves() -> None:
     ("client", "method"),
     [(client, method) for client, methods in AWAITABLE.items() for method in methods.split()],
 )
-def test_every_method_for_programs_with_an_event_loop_is_here(client: str, method: str) -> None:
+def test_every_awaitable_method_exists(client: str, method: str) -> None:
     twin = getattr(getattr(tinkex, client), f"{method}_async")
     assert inspect.iscoroutinefunction(twin)
     assert twin.__name__ == f"{method}_async"
@@ -164,7 +163,7 @@ def test_the_holder_of_a_session_names_and_closes_it(service: tinkex.ServiceClie
 
 
 @pytest.mark.parametrize("client", ["ServiceClient", "TrainingClient", "SamplingClient"])
-def test_a_misspelt_method_is_no_attribute(client: str) -> None:
+def test_a_misspelt_method_raises_an_attribute_error(client: str) -> None:
     cls = getattr(tinkex, client)
     with pytest.raises(AttributeError, match=r"no attribute 'smaple'$"):
         cls.__new__(cls).smaple  # noqa: B018

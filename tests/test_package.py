@@ -1,4 +1,4 @@
-"""The package as a user meets it: its names, its version, what importing it costs."""
+"""The package as users see it: its names, its version, the cost of importing it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def modules_after(statement: str) -> set:
         "import tinkex.local.engines.engine",
     ],
 )
-def test_importing_brings_nothing_heavy(statement):
+def test_importing_tinkex_imports_no_heavy_library(statement):
     assert modules_after(statement) & set(HEAVY) == set()
 
 
@@ -70,7 +70,7 @@ def test_every_public_name_exists_and_is_documented(module):
             assert value.__doc__, f"{module.__name__}.{name} has no docstring"
 
 
-def test_the_spine_is_reachable_from_the_top():
+def test_the_main_clients_are_reachable_from_the_top():
     assert {
         "ServiceClient",
         "TrainingClient",
@@ -101,7 +101,7 @@ def test_star_import_works():
     assert namespace["ServiceClient"] is tinkex.ServiceClient
 
 
-def test_the_version_is_the_metadatas():
+def test_the_version_is_that_of_the_metadata():
     try:
         installed = importlib.metadata.version("tinkex")
     except importlib.metadata.PackageNotFoundError:
@@ -109,7 +109,7 @@ def test_the_version_is_the_metadatas():
     assert tinkex.__version__ == installed
 
 
-#: Of use in the source tree only.
+#: Files of use only in the source tree.
 NOT_SHIPPED = {"regenerate.sh"}
 DATA_FILES = [
     "__init__.pyi",

@@ -1,6 +1,7 @@
-"""docs/protocol.md agrees with the code, where a machine can check that.
+"""docs/protocol.md agrees with the code, as far as a program can check it.
 
-That is: its endpoints, the names of fields, flags and their defaults, protobuf messages, and bytes.
+The tests cover endpoints, field names, flags and their defaults, protobuf messages, and example
+bytes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ DOCUMENTED: Set[Endpoint] = set(
 
 
 class Sent(Exception):
-    """Raised in place of sending *request*."""
+    """Raised instead of sending *request*."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request.name)
@@ -75,7 +76,7 @@ class Sent(Exception):
 
 
 class FakeTransport:
-    """A transport that sends nothing, and raises what it was to send."""
+    """A transport that raises each request instead of sending it."""
 
     config = Config(base_url="http://server.test", api_key="tml-test", project_id="p")
     server = state_of(config)
@@ -108,7 +109,7 @@ _BATCH = types.ForwardBackwardRequest(
     "m", 1, [types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [1]})], "ppo", {"a": 1}
 )
 
-#: An argument for each parameter of the endpoint functions that is not a string.
+#: Arguments for those parameters of the endpoint functions that are not strings.
 ARGUMENTS: Dict[str, Any] = {
     "age_encryption_recipients": ["age1x"],
     "immediate": True,
@@ -170,7 +171,7 @@ def _parameters(function: Callable[..., Any]) -> List[str]:
 
 
 def request_of(name: str, function: Callable[..., Any], /, **changes: Any) -> Request:
-    """Return what *function* sends when every argument is given."""
+    """Return the request that *function* sends when every argument is given."""
     given: Dict[str, Any] = {}
     for parameter in _parameters(function):
         if parameter == "transport":
@@ -206,7 +207,7 @@ SENT = list(sent_requests())
 
 
 def endpoint_of(request: Request) -> Endpoint:
-    """Return method and path, with names in place of the ids."""
+    """Return the method, and the path with names in braces in place of ids."""
     path = request.path.partition("?")[0]
     names = ("session_id", "run_id", "checkpoint_id", "sampler_id")
     parts = [f"{{{part}}}" if part in names else part for part in path.split("/")]
@@ -218,7 +219,7 @@ def endpoint_of(request: Request) -> Endpoint:
 
 CHECKPOINT = "{checkpoint_id}"
 
-#: What the embedded server takes in addition to the protocol.
+#: Endpoints that only the embedded server has.
 _EXTRA = {
     ("GET", "/api/v1/client/config"),
     ("GET", "/api/v1/client/dynamic_config"),
@@ -227,7 +228,7 @@ _EXTRA = {
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Set[Endpoint]]:
-    """The endpoints of an embedded server that has everything switched on."""
+    """The endpoints of an embedded server with every feature enabled."""
     settings = ServerSettings()
     flags = dataclasses.replace(settings.flags, custom_loss_server_side=True)
     backend = Backend(DeterministicEngine(), Store(tmp_path), settings)
@@ -259,7 +260,7 @@ def test_every_documented_endpoint_exists(served: Set[Endpoint]) -> None:
 
 
 def anchors(page: str) -> Set[str]:
-    """Return the anchors of the headings of a page, each of which must be there once."""
+    """Return the anchors of a page's headings, which must all be different."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.S), re.M)
     found = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
     assert len(found) == len(headings), "two sections have the same name"
@@ -296,7 +297,7 @@ def names_in(value: Any) -> Iterator[str]:
             yield from names_in(item)
 
 
-#: Names that the arguments above made up, in objects whose names are the user's.
+#: Names made up by the arguments above, in objects whose keys are up to the user.
 _OURS = {"k", "a"}
 
 
@@ -311,7 +312,8 @@ def test_every_field_of_a_request_is_documented(request_: Request) -> None:
 def messages() -> List[type]:
     """Return every control message of tinkex.types."""
     exported = [getattr(types, name) for name in dir(types)]
-    # UnknownVariant keeps any other object as it is, and WhoamiResponse is read from a token.
+    # Not messages: UnknownVariant keeps any other object as it is, and WhoamiResponse is read from
+    # a token.
     local = (types.UnknownVariant, types.WhoamiResponse)
     classes = [one for one in exported if isinstance(one, type) and one not in local]
     return [one for one in classes if issubclass(one, Wire)]
@@ -359,7 +361,7 @@ _TYPE_NAMES = {
 
 
 def documented_messages() -> Dict[str, Dict[int, str]]:
-    """Return message or enum name -> number -> declaration, as the document's proto blocks have it.
+    """Return message or enum name -> number -> declaration, from the document's proto blocks.
 
     A field in a ``oneof`` is declared as ``oneof <name>: <type> <field>``.
     """
@@ -383,7 +385,7 @@ def documented_messages() -> Dict[str, Dict[int, str]]:
 
 
 def defined_messages() -> Dict[str, Dict[int, str]]:
-    """Return the same of the compiled definitions."""
+    """Return the same mapping for the compiled definitions."""
     found: Dict[str, Dict[int, str]] = {}
     for name, message in pb.DESCRIPTOR.message_types_by_name.items():
         found[name] = {field.number: _declaration(field) for field in message.fields}
@@ -418,7 +420,7 @@ def _type_name(field: Any) -> str:
     return kind.name if kind is not None else _TYPE_NAMES[field.type]
 
 
-def test_the_protobuf_messages_are_those_of_the_code() -> None:
+def test_the_protobuf_messages_agree_with_the_code() -> None:
     assert documented_messages() == defined_messages()
 
 
@@ -427,7 +429,7 @@ def test_the_protobuf_messages_are_those_of_the_code() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """An example: a message in protobuf, and the same value in JSON where there is that."""
+    """An example: a message in protobuf, and the same value in JSON if it has a JSON form."""
 
     name: str
     message: str
@@ -458,7 +460,7 @@ def vectors() -> List[Vector]:
 
 VECTORS = vectors()
 
-#: How each message is read and written.
+#: The codec methods that read and write each message.
 _READERS = {
     "ForwardBackwardRequest": "decode_forward_backward",
     "ForwardBackwardOutput": "decode_output",
@@ -472,7 +474,7 @@ _WRITERS = {
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.name)
-def test_an_example_is_what_the_messages_encode(vector: Vector) -> None:
+def test_the_messages_encode_to_the_example_bytes(vector: Vector) -> None:
     official = getattr(test_golden, vector.name, vector.raw)  # G is our own
     assert vector.raw == official
     message = getattr(pb, vector.message).FromString(vector.raw)

@@ -1,4 +1,4 @@
-"""A key is in nothing that is produced: no log, error, repr, pickle, journal, file or telemetry."""
+"""No key appears in any output: no log, error, repr, pickle, journal, file or telemetry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.testing import FakeServer, faults
 
 KEY = "tml-canary-2f6b81d7e04c"
 OTHER_KEY = "tml-stranger-93ac55d1"
-#: What a token of the server begins with.
+#: Every token of the server begins with this.
 TOKEN = "eyJhbGciOiJIUzI1NiIs"
 
 DATA = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})]
@@ -31,19 +31,19 @@ PARAMS = SamplingParams(max_tokens=2, seed=1, stop=[])
 def shown(value: object) -> str:
     try:
         return repr(value)
-    except AttributeError:  # of an object whose __init__ failed
+    except AttributeError:  # an object whose __init__ failed
         return repr(vars(value))
 
 
 def all_of(error: BaseException) -> Iterator[str]:
-    """Yield everything that can be read off an error."""
+    """Yield everything that an error shows."""
     yield "".join(traceback.format_exception(type(error), error, error.__traceback__))
     while error is not None:
         yield f"{error!r} {vars(error)!r} {error.args!r}"
         yield repr(pickle.dumps(error))
         frame = error.__traceback__
         while frame is not None:
-            # As tools show it that print tracebacks with the values of locals.
+            # As shown by tools that print tracebacks with the values of locals.
             if "tinkex/" in frame.tb_frame.f_code.co_filename.replace("\\", "/"):
                 yield from map(shown, frame.tb_frame.f_locals.values())
             frame = frame.tb_next
@@ -51,7 +51,7 @@ def all_of(error: BaseException) -> Iterator[str]:
 
 
 def train_and_sample(service: ServiceClient, folder: Path) -> List[Any]:
-    """Do one of everything; return the objects that come of it."""
+    """Use every kind of request once; return the resulting objects."""
     rest = service.create_rest_client()
     trainer = service.create_lora_training_client("deterministic", rank=4)
     futures = [trainer.forward_backward(DATA, "cross_entropy"), trainer.optim_step(ADAM)]
@@ -87,7 +87,7 @@ def train_and_sample(service: ServiceClient, folder: Path) -> List[Any]:
 
 
 def mistakes(service: ServiceClient) -> Iterator[Callable[[], object]]:
-    """Yield calls that fail, in the client and at the server."""
+    """Yield calls that fail in the client, and calls that fail at the server."""
     rest = service.create_rest_client()
     trainer = service.create_lora_training_client("deterministic", rank=4)
     unknown = "tinker://nothing/weights/nothing"
@@ -108,7 +108,7 @@ def written_in(folder: Path) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("jwt", [False, True], ids=["key", "tokens"])
-def test_a_key_is_in_nothing_that_is_produced(
+def test_no_key_appears_in_any_output(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], jwt: bool
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -153,7 +153,7 @@ def test_a_key_is_in_nothing_that_is_produced(
     faults.Status(500, {"detail": "boom"}), faults.Status(403, b"<html>"), faults.Drop(),
     faults.Truncate(), faults.Garble(),
 ], ids=["500", "403", "drop", "truncate", "garble"])  # fmt: skip
-def test_a_key_is_in_no_error_of_a_server_that_fails(
+def test_no_key_appears_in_the_errors_of_a_failing_server(
     caplog: pytest.LogCaptureFixture, fault: Any
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""Answers of any kind, and a transport that gives them without a server."""
+"""Arbitrary answers, and a transport that returns them without a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 CONFIG = Config.resolve(
     base_url="http://server.test",
     api_key="tml-x",
-    max_outage_s=1e-6,  # nothing is tried again
+    max_outage_s=1e-6,  # no retries
     startup_timeout_s=1e-6,
     environ={},
 )
@@ -103,7 +103,7 @@ ARGUMENTS: Dict[str, Any] = {
     "tinker_path": "tinker://m/weights/a",
     "ttl_seconds": None,
 }
-#: Where a name is not enough.
+#: Arguments of single functions, where the parameter's name does not suffice.
 SPECIAL: Dict[Tuple[str, str], Any] = {
     ("get_checkpoint_archive_url", "pause"): lambda seconds: None,
     ("asample", "request"): types.SampleRequest(types.ModelInput.from_ints([1])),
@@ -115,7 +115,7 @@ Endpoint = Tuple[str, Callable[..., Any], Dict[str, Any]]
 
 
 def endpoint_functions() -> List[Endpoint]:
-    """Every function of tinkex._api that takes a transport, and what to call it with."""
+    """Return every function of tinkex._api that takes a transport, with arguments for it."""
     found = []
     for info in pkgutil.iter_modules(api.__path__):
         if info.name.startswith("_"):
@@ -151,7 +151,7 @@ def _public_functions(module: ModuleType) -> Iterator[Tuple[str, Callable[..., A
 
 # Answers
 
-#: Well-formed ones, to be broken.
+#: Well-formed answers, to be broken.
 GOOD: Tuple[Any, ...] = (
     {"request_id": "r", "model_id": "m", "sample_sequence_ids": ["q"]},
     {"session_id": "s", "info_message": "i"},
@@ -200,7 +200,7 @@ anything = st.recursive(
 
 
 def _paths(value: Any, prefix: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
-    """Where *value* is, and everything in it."""
+    """Yield the path of *value* and of everything inside it."""
     yield prefix
     children: Any = ()
     if isinstance(value, dict):
@@ -275,7 +275,7 @@ replies = st.builds(
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Return whether *value* is what the annotation *hint* promises, all the way down."""
+    """Return whether *value* conforms to the annotation *hint*, at every level."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
         return True
@@ -294,7 +294,7 @@ def conforms(value: Any, hint: Any) -> bool:
     if hint in (int, str, bool):
         return type(value) is hint
     if hint is types.ModelInput or hint is types.TensorData:
-        return isinstance(value, hint)  # they check themselves when they are made
+        return isinstance(value, hint)  # messages check themselves when they are constructed
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         return isinstance(value, hint) and all(

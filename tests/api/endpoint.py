@@ -1,4 +1,4 @@
-"""What the tables of endpoints are made of."""
+"""The types of which the tables of endpoints consist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY = "tml-conformance-key"
 
 
 class AnyNumber:
-    """Stands for a number that counts up, in an expected body; other tests look at its order."""
+    """Stands for a counter's value in an expected body; other tests check the counting."""
 
     def __eq__(self, other: object) -> bool:
         return type(other) is int and other >= 0
@@ -26,7 +26,7 @@ N = AnyNumber()
 
 
 class Clients:
-    """The public clients of one session on a scripted server, each made when first asked for."""
+    """The public clients of one session on a scripted server, each created on first use."""
 
     def __init__(self, server: ScriptedServer, **settings: Any) -> None:
         self.server = server
@@ -63,20 +63,20 @@ class Clients:
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """One call of the public interface: what is sent, and what comes of the answers.
+    """One call of the public interface: the request it sends, and what it makes of the answers.
 
     Attributes:
         name: of the case.
         do: makes the call, and returns what the user gets.
         method, route, query: of the request; the route without ``/api/v1/``.
-        body: the exact JSON that is sent; None if there is no body.
-        least: an answer with the required fields only; None where the answer is ignored.
+        body: the exact JSON of the request; None if there is no body.
+        least: an answer with the required fields only; None if the answer is ignored.
         least_gives: what the user gets for it.
         most: an answer with every field of docs/protocol.md.
         most_gives: what the user gets for that.
-        spare: fields of the former that an answer may lack all the same.
-        maps: fields of the answers that are maps by name, in which every entry counts.
-        polled: the answers are results, fetched by a poll after the submission was accepted.
+        spare: fields of *least* that an answer may lack after all.
+        maps: fields of the answers that are maps, in which no key is unknown.
+        polled: the answers are results, which are polled for after the submission.
         headers: that the request must carry, besides those of all requests.
     """
 
@@ -110,7 +110,7 @@ class Endpoint:
 
 
 def with_strangers(value: Any, maps: Tuple[str, ...]) -> Any:
-    """Return *value* with an unknown field in every object but the maps, and what is in them."""
+    """Return *value* with unknown fields in every object, except in the maps and inside them."""
     if isinstance(value, list):
         return [with_strangers(item, maps) for item in value]
     if not isinstance(value, dict):

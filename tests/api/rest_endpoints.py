@@ -71,7 +71,7 @@ _LABELS = {"base_model": "b", "user_id": "u", "user_name": "n", "session_id": "s
 
 
 def _void(name, do, method, route, **more):
-    """A request whose answer is ignored."""
+    """Return an endpoint whose answer is ignored."""
     return Endpoint(name, do, method, route, **more)
 
 

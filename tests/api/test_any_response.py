@@ -26,7 +26,7 @@ from tinkex.errors import TinkexError
 from tinkex.wire.codec import codec_for
 
 FUNCTIONS = endpoint_functions()
-#: Types of their parameters, which their modules import for type checkers only.
+#: Parameter types of the endpoint functions, which their modules import for type checkers only.
 PARAMETERS = {"Transport": Transport, "Sender": Sender, "AnyChannel": AnyChannel}
 RESULTS = (
     types.CreateModelResponse,
@@ -86,7 +86,7 @@ def check_poll(transport: Transport, reply: Reply, maybe_lost: bool) -> None:
 
 
 def decode_everything(reply: Reply) -> None:
-    """As if it were the result of each kind of work."""
+    """Decode it as the result of each kind of work."""
     codec = codec_for(reply.content_type)
     for decode in (codec.decode_output, codec.decode_samples):
         try:

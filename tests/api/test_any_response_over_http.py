@@ -1,4 +1,4 @@
-"""The same through real HTTP and the public client: a typed error or a result, and soon."""
+"""Over real HTTP, any response soon becomes a typed error or a result of the public client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLL = f"POST {API}retrieve_future"
 
 @pytest.fixture(scope="module", autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    """In the place of the check after each test: these clients serve all of them."""
+    """Check for threads once, after the module: all its tests share these clients."""
     yield
     wait_until(
         lambda: not [t for t in threading.enumerate() if t.name.startswith("tinkex-")],
@@ -57,7 +57,7 @@ answers = st.builds(
 
 
 def outcome_of(endpoint: Endpoint, clients: Clients) -> Any:
-    """What the call gives or raises; it must be over soon."""
+    """Return the result or the error of the call, which must end soon."""
     found: Any = None
 
     def run() -> None:
@@ -147,7 +147,7 @@ def get_session(url: str) -> Any:
 
 
 @pytest.mark.parametrize("bytes_", BROKEN.values(), ids=BROKEN.keys())
-def test_bytes_that_are_no_response(bytes_: bytes) -> None:
+def test_bytes_that_are_not_a_response(bytes_: bytes) -> None:
     with RawServer(bytes_) as server, pytest.raises(TinkexError) as failure:
         get_session(server.url)
     assert KEY not in str(failure.value)

@@ -25,7 +25,7 @@ from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
 BASE = "http://tinker.example/prefix"
-# A request to the wrong place is to fail, not to be tried for minutes.
+# A request to the wrong place must fail at once, not retry for minutes.
 CONFIG = Config.resolve(
     environ={}, base_url=BASE, tags=["t"], user_metadata={"k": "v"}, max_outage_s=0.01
 )
@@ -597,7 +597,7 @@ def transport() -> Transport:
 
 
 def sent(mocked: responses.RequestsMock) -> Any:
-    """The one request that was sent."""
+    """Return the only request that was sent."""
     assert len(mocked.calls) == 1
     return mocked.calls[0].request
 
@@ -650,7 +650,7 @@ def test_a_heartbeat_returns_any_reply(
     assert json.loads(sent(mocked).body) == {"session_id": "s", "type": "session_heartbeat"}
 
 
-def test_finish_sends_its_nulls(mocked: responses.RequestsMock, transport: Transport) -> None:
+def test_finish_sends_null_fields(mocked: responses.RequestsMock, transport: Transport) -> None:
     mocked.add("POST", f"{BASE}/api/v1/sessions/s/finish", status=404, json={"detail": "Not Found"})
     assert sessions.finish_session(transport, "s", "errored", None, 2.0) == 404
     assert json.loads(sent(mocked).body) == {"reason": {"type": "errored"}, "detail": None}
@@ -665,7 +665,7 @@ def test_retrieve_future_returns_any_response(
     assert json.loads(sent(mocked).body) == {"request_id": "r"}
 
 
-def test_a_result_itself_is_insisted_on_after_its_announcement(
+def test_after_an_announced_size_the_payload_itself_is_requested(
     mocked: responses.RequestsMock, transport: Transport
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/retrieve_future", json={})
@@ -676,7 +676,7 @@ def test_a_result_itself_is_insisted_on_after_its_announcement(
 def test_telemetry_returns_any_response_and_carries_no_key(
     mocked: responses.RequestsMock,
 ) -> None:
-    mocked.add("POST", f"{BASE}/api/v1/client/config", json={})  # is the key to be exchanged?
+    mocked.add("POST", f"{BASE}/api/v1/client/config", json={})  # asks whether to exchange the key
     mocked.add("POST", f"{BASE}/api/v1/telemetry", status=503)
     keyed = Transport(Config.resolve(environ={}, base_url=BASE, api_key="tml-secret-0815"))
     events = [{"event": "GENERIC_EVENT", "event_data": {"header": "tml-secret-0815"}}]
@@ -695,7 +695,7 @@ def test_telemetry_returns_any_response_and_carries_no_key(
 
 
 @pytest.mark.parametrize("body", ["[]", "{}", '{"request_id": null}', "not json"])
-def test_a_response_that_breaks_the_promise_names_the_route(
+def test_the_error_about_an_invalid_response_names_the_route(
     mocked: responses.RequestsMock, transport: Transport, body: str
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/optim_step", body=body, content_type="application/json")
@@ -753,7 +753,9 @@ def test_ids_that_name_another_route_are_not_sent(
     assert len(mocked.calls) == 0
 
 
-def test_not_found_carries_the_route(mocked: responses.RequestsMock, transport: Transport) -> None:
+def test_a_not_found_error_carries_the_route(
+    mocked: responses.RequestsMock, transport: Transport
+) -> None:
     mocked.add("GET", f"{BASE}/api/v1/sessions/s", json={"detail": "no such session"}, status=404)
     with pytest.raises(NotFoundError, match=r"GET /api/v1/sessions/s returned 404: no such"):
         rest.get_session(transport, "s", access_scope="owned")
@@ -762,12 +764,12 @@ def test_not_found_carries_the_route(mocked: responses.RequestsMock, transport: 
 # encode
 
 
-def test_numpy_goes_out_as_json() -> None:
+def test_numpy_values_are_sent_as_json() -> None:
     body = {"a": np.arange(3, dtype=np.int32), "b": np.float64(0.5), "c": np.int64(7)}
     assert json.loads(encode(body)) == {"a": [0, 1, 2], "b": 0.5, "c": 7}
 
 
-def test_a_body_takes_no_more_memory_than_it_is_long() -> None:
+def test_encoding_a_body_takes_no_more_memory_than_its_length() -> None:
     tracemalloc.start(1)
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -779,6 +781,6 @@ def test_a_body_takes_no_more_memory_than_it_is_long() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, 2**70, {3: "x"}, "\ud800"])
-def test_what_json_cannot_say_is_an_input_error(value: Any) -> None:
+def test_values_that_json_cannot_express_are_input_errors(value: Any) -> None:
     with pytest.raises(InvalidInputError, match="JSON"):
         encode({"user_metadata": value})

@@ -73,7 +73,7 @@ def encodings(server: ScriptedServer) -> List[str]:
 
 
 def only(content_type: str, refusal: Answer) -> Any:
-    """A server that reads one encoding and answers *refusal* to the other."""
+    """Script a server that reads one encoding and answers *refusal* to the other."""
 
     def answer(received: Received) -> Answer:
         return ACCEPTED if received.headers["content-type"] == content_type else refusal
@@ -90,7 +90,7 @@ def seq_ids(server: ScriptedServer) -> List[int]:
     ]
 
 
-def test_protobuf_goes_first_and_is_remembered(
+def test_protobuf_is_tried_first_and_remembered(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, ACCEPTED)
@@ -98,7 +98,7 @@ def test_protobuf_goes_first_and_is_remembered(
     assert submit_batch(transport, batch(1)).request_id == "r-1"
     submit_batch(transport, batch(2))
     assert encodings(server) == ["x-protobuf", "x-protobuf"]
-    assert batch_codec(transport) is PROTOBUF  # for the base URL, not the object
+    assert batch_codec(transport) is PROTOBUF  # remembered for the base URL, not the object
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,15 @@ def test_a_forced_encoding_is_the_only_one_sent(
     assert encodings(server) == [expected]
 
 
-def test_if_both_refuse_both_are_reported(transport: Transport, server: ScriptedServer) -> None:
+def test_if_both_encodings_are_refused_both_refusals_are_reported(
+    transport: Transport, server: ScriptedServer
+) -> None:
     server.on(ROUTE, Answer(400, {"detail": "first: no JSON"}), Answer(422, {"detail": "second"}))
     with pytest.raises(APIStatusError, match="second") as caught:
         submit_batch(transport, batch())
     assert "first" in str(caught.value)
     assert isinstance(caught.value.__cause__, BadRequestError)
-    assert batch_codec(transport) is None  # nothing was learnt
+    assert batch_codec(transport) is None  # nothing is settled
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_if_both_refuse_both_are_reported(transport: Transport, server: Scripted
         Answer(422, {"detail": [{"type": "literal_error", "loc": ["body", "loss_fn"]}]}),
     ],
 )
-def test_a_refusal_of_what_is_in_the_batch_is_final(
+def test_a_refusal_of_the_contents_of_a_batch_is_final(
     transport: Transport, server: ScriptedServer, refusal: Answer
 ) -> None:
     server.on(ROUTE, refusal, ACCEPTED)
@@ -188,7 +190,7 @@ def test_a_bad_batch_on_a_server_without_protobuf_is_reported_as_such(
     assert batch_codec(transport) is JSON
 
 
-def test_a_passing_500_on_a_server_without_json_is_ridden_out(
+def test_a_server_without_json_is_retried_after_a_temporary_500(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, PLAIN_500, Answer(415), PLAIN_500, ACCEPTED)
@@ -212,7 +214,9 @@ def test_an_outage_is_not_about_the_encoding(transport: Transport, server: Scrip
     assert encodings(server) == ["x-protobuf"] * 3
 
 
-def test_once_settled_a_500_is_only_a_500(transport: Transport, server: ScriptedServer) -> None:
+def test_after_the_encoding_is_settled_a_500_is_an_ordinary_error(
+    transport: Transport, server: ScriptedServer
+) -> None:
     server.on(ROUTE, ACCEPTED, PLAIN_500)
     submit_batch(transport, batch(1))
     with pytest.raises(InternalServerError):
@@ -220,7 +224,7 @@ def test_once_settled_a_500_is_only_a_500(transport: Transport, server: Scripted
     assert encodings(server) == ["x-protobuf"] * 5
 
 
-def test_a_batch_without_a_json_form_is_reported_by_the_first_response(
+def test_for_a_batch_without_a_json_form_the_first_response_is_reported(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "the spans cannot be decoded"}))
@@ -241,7 +245,7 @@ def test_a_server_without_the_forward_route_speaks_protobuf(
     assert batch_codec(transport) is PROTOBUF
 
 
-def test_two_like_responses_are_reported_once(transport: Transport, server: ScriptedServer) -> None:
+def test_two_equal_refusals_are_reported_once(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, Answer(400, {"detail": "input 'x' is missing"}))
     with pytest.raises(BadRequestError) as caught:
         submit_batch(transport, batch())
@@ -250,18 +254,18 @@ def test_two_like_responses_are_reported_once(transport: Transport, server: Scri
     assert str(caught.value).count("input 'x'") == 1
 
 
-def test_a_conflict_that_the_search_itself_has_caused_is_not_reported(
+def test_a_conflict_caused_by_the_search_itself_is_not_reported(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "input 'x' is missing"}), Answer(409), ACCEPTED)
     with pytest.raises(BadRequestError, match="input 'x'") as caught:
         submit_batch(transport, batch())
-    assert batch_codec(transport) is PROTOBUF  # which was read, so that is settled
+    assert batch_codec(transport) is PROTOBUF  # the server has read it, so the encoding is settled
     submit_batch(transport, batch(8))
     assert encodings(server) == ["x-protobuf", "json", "x-protobuf"]
     assert caught.value.hint is None
     assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__  # nor is it shown as what happened before
+    assert caught.value.__suppress_context__  # nor is the conflict shown as context
     assert "ConflictError" not in "".join(
         traceback.format_exception(caught.type, caught.value, caught.tb)
     )
@@ -270,7 +274,7 @@ def test_a_conflict_that_the_search_itself_has_caused_is_not_reported(
 # Many concurrently
 
 
-def test_many_first_batches_at_once_settle_it_once(
+def test_concurrent_first_batches_settle_the_encoding_once(
     transport: Transport, server: ScriptedServer
 ) -> None:
     refusal = Answer(415, hold=threading.Event())
@@ -293,7 +297,7 @@ def test_many_first_batches_at_once_settle_it_once(
     assert sorted(seq_ids(server)[1:]) == list(range(1, 21))
 
 
-def test_who_waits_for_the_first_batch_can_be_closed(
+def test_a_client_that_waits_for_another_ones_first_batch_can_be_closed(
     transport: Transport, server: ScriptedServer
 ) -> None:
     held = Answer(body={"request_id": "r-1"}, hold=threading.Event())
@@ -311,7 +315,7 @@ def test_who_waits_for_the_first_batch_can_be_closed(
     assert len(server.requests(ROUTE)) == 1
 
 
-def test_the_failure_of_the_first_batch_is_its_own(
+def test_the_failure_of_the_first_batch_does_not_fail_the_next(
     transport: Transport, server: ScriptedServer
 ) -> None:
     bad = Answer(400, {"detail": "loss 'x' is unknown"}, hold=threading.Event())
@@ -384,7 +388,7 @@ def test_json_is_never_compressed(server: ScriptedServer) -> None:
 # What is remembered
 
 
-def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transport) -> None:
+def test_a_snapshot_of_the_dialect_is_immutable_and_printable(transport: Transport) -> None:
     before = server_dialect(transport)
     transport.server.note_missing("POST telemetry", 404)
     assert before == ServerDialect()
@@ -398,8 +402,8 @@ def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transpor
         after.encoding = "json"  # type: ignore[misc]
 
 
-def test_a_snapshot_can_be_taken_where_the_lock_is_dead(transport: Transport) -> None:
-    """As in the child of a fork, if another thread of the parent was holding it."""
+def test_a_snapshot_can_be_taken_although_the_lock_is_never_released(transport: Transport) -> None:
+    """As in the child of a fork, if another thread of the parent held the lock."""
     transport.server.note_missing("POST telemetry", 404)
     taken: List[ServerDialect] = []
     thread = threading.Thread(target=lambda: taken.append(server_dialect(transport)), daemon=True)
@@ -409,7 +413,7 @@ def test_a_snapshot_can_be_taken_where_the_lock_is_dead(transport: Transport) ->
         assert [dialect.missing_routes for dialect in taken] == [("POST telemetry",)]
 
 
-def test_a_route_that_has_responded_is_not_missing(
+def test_a_route_that_has_responded_before_is_not_missing(
     transport: Transport, server: ScriptedServer
 ) -> None:
     route = "GET /api/v1/samplers/s"
@@ -426,9 +430,7 @@ def test_a_route_that_has_responded_is_not_missing(
     assert transport.server.missing_status("GET samplers/{id}") is None
 
 
-def test_a_route_that_is_missing_is_tried_once(
-    transport: Transport, server: ScriptedServer
-) -> None:
+def test_a_missing_route_is_tried_once(transport: Transport, server: ScriptedServer) -> None:
     route = "GET /api/v1/samplers/s"
     server.on(route, Answer(404, {"detail": "Not Found"}))
     for _ in range(2):
@@ -439,7 +441,7 @@ def test_a_route_that_is_missing_is_tried_once(
     assert server_dialect(transport).missing_routes == ("GET samplers/{id}",)
 
 
-def test_a_server_that_is_gone_teaches_nothing(server: ScriptedServer) -> None:
+def test_an_unreachable_server_settles_nothing(server: ScriptedServer) -> None:
     server.close()
     with open_transport(server, max_outage_s=0.05) as transport:
         with pytest.raises(APIConnectionError):

@@ -1,4 +1,4 @@
-"""Every endpoint, through the public client: the request to the byte, and what the answers give."""
+"""Every endpoint, through the public client: the exact request, and the results of the answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("endpoint", ALL, ids=str)
 
 @pytest.fixture(scope="module", autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    """In the place of the check after each test: these clients serve all of them."""
+    """Check for threads once, after the module: all its tests share these clients."""
     yield
     wait_until(
         lambda: not [t for t in threading.enumerate() if t.name.startswith("tinkex-")],
@@ -47,7 +47,7 @@ def clients(no_thread_is_left: None) -> Iterator[Clients]:  # the check comes la
 
 
 def call(clients: Clients, endpoint: Endpoint, answer: Any) -> Any:
-    """Make the call of *endpoint*, answered by *answer*; return what the user gets."""
+    """Make the call of *endpoint* with *answer* as its response; return what the user gets."""
     server = clients.server
     warm = (clients.trainer, clients.sampler, clients.rest, clients.admin)
     assert all(warm)
@@ -63,11 +63,11 @@ def call(clients: Clients, endpoint: Endpoint, answer: Any) -> Any:
     try:
         return endpoint.do(clients)
     finally:
-        TinkerRoutes(server)  # as it was
+        TinkerRoutes(server)  # restores the routes
 
 
 def sent(clients: Clients, endpoint: Endpoint, answer: Any) -> Received:
-    """The one request that the call sends to its route."""
+    """Return the only request that the call sends to its route."""
     before = len(clients.server.requests(f"{endpoint.method} {endpoint.path}"))
     call(clients, endpoint, answer)
     requests = clients.server.requests(f"{endpoint.method} {endpoint.path}")[before:]
@@ -139,7 +139,7 @@ def test_a_response_without_a_required_field_is_refused(
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"text"', b"{"])
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
-def test_a_response_that_is_no_object_is_refused(
+def test_a_response_that_is_not_an_object_is_refused(
     clients: Clients, endpoint: Endpoint, body: bytes
 ) -> None:
     with pytest.raises(ResponseDecodeError):
@@ -148,7 +148,7 @@ def test_a_response_that_is_no_object_is_refused(
 
 @pytest.mark.parametrize("endpoint", [one for one in ALL if one.least is None], ids=str)
 @pytest.mark.parametrize("body", [b"", b"null", b"not json"])
-def test_where_nothing_is_expected_anything_will_do(
+def test_if_no_response_is_expected_any_response_is_accepted(
     clients: Clients, endpoint: Endpoint, body: bytes
 ) -> None:
     assert call(clients, endpoint, body) is None
@@ -156,7 +156,7 @@ def test_where_nothing_is_expected_anything_will_do(
 
 # Nothing is forgotten
 
-#: Public methods that send nothing of their own, or whose requests other tests look at.
+#: Public methods that send no request of their own, or whose requests other tests check.
 ELSEWHERE = {
     "close": "test_session_requests",
     "create_future": "behind create_sampling_client",
@@ -195,7 +195,7 @@ CLIENTS = (
 )
 
 
-def test_every_public_method_has_its_row() -> None:
+def test_every_public_method_has_a_row() -> None:
     methods = {
         name
         for client in CLIENTS

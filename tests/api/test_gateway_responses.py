@@ -1,4 +1,4 @@
-"""Every endpoint whose answer is read: a page or an empty body that stays is a typed error."""
+"""Every endpoint that reads its answer: a persistent web page or empty body is a typed error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def impatient(no_thread_is_left: None) -> Iterator[Clients]:  # the check comes 
 
 @pytest.mark.parametrize("body", [b"", b"<html></html>"])
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
-def test_it_names_status_and_content_type(
+def test_the_error_names_status_and_content_type(
     impatient: Clients, endpoint: Endpoint, body: bytes
 ) -> None:
     expected = (ResponseDecodeError, APIConnectionError)

@@ -116,7 +116,7 @@ def test_passes_in_protobuf_are_one_route(server: ScriptedServer, method: str) -
     assert request.body == PROTOBUF.encode_forward_backward(expected)
 
 
-def test_protobuf_is_compressed_where_the_server_says_so(server: ScriptedServer) -> None:
+def test_protobuf_is_compressed_if_the_server_sets_the_flag(server: ScriptedServer) -> None:
     zstandard = pytest.importorskip("zstandard")
     server.on(f"POST {API}client/config", Answer(body={"proto_compress_fwdbwd": True}))
     server.on(PASS, Answer(body={"request_id": "r"}))
@@ -139,7 +139,7 @@ OUTPUT = types.ForwardBackwardOutput(
 
 
 def answered(server: ScriptedServer, *answers: Answer) -> types.ForwardBackwardOutput:
-    """The result of a pass over TEXT whose polls are answered so."""
+    """Return the result of a pass over TEXT whose polls get *answers*."""
     server.on(PASS, Answer(body={"request_id": "work"}))
     steps = list(answers)
 
@@ -162,7 +162,7 @@ def answered(server: ScriptedServer, *answers: Answer) -> types.ForwardBackwardO
     ],
     ids=["json", "protobuf", "with a charset", "gzip"],
 )
-def test_a_result_is_read_by_what_it_says_it_is(server: ScriptedServer, answer: Answer) -> None:
+def test_a_result_is_decoded_by_its_content_type(server: ScriptedServer, answer: Answer) -> None:
     output = answered(server, answer)
     assert output.metrics == OUTPUT.metrics
     assert output.loss_fn_outputs == OUTPUT.loss_fn_outputs
@@ -198,7 +198,7 @@ def test_null_logprobs_are_nan(server: ScriptedServer) -> None:
     ],
     ids=["no outputs", "no numbers", "broken protobuf", "nothing"],
 )
-def test_a_result_that_is_none_is_reported_with_its_request(
+def test_an_unreadable_result_is_reported_with_its_request(
     server: ScriptedServer, answer: Answer
 ) -> None:
     with pytest.raises(ResponseDecodeError):

@@ -1,4 +1,4 @@
-"""What a session sends by itself, from its start to its end, and what it asks the server about."""
+"""The requests that a session sends by itself, from start to end."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_finish(server: ScriptedServer, status: str) -> None:
 @pytest.mark.parametrize(
     "answer", [Answer(404), Answer(405), Answer(500, b"oops"), Answer(reset=True)]
 )
-def test_a_server_that_cannot_finish_sessions_does_not_disturb_the_end(
+def test_a_session_ends_quietly_on_a_server_without_the_finish_route(
     server: ScriptedServer, answer: Answer
 ) -> None:
     server.on(FINISH, answer)
@@ -117,7 +117,7 @@ def test_the_messages_of_the_server_are_logged(
     assert {("INFO", "one"), ("WARNING", "two"), ("ERROR", "three")} <= said
 
 
-def test_a_run_is_created_and_asked_about(server: ScriptedServer) -> None:
+def test_a_run_is_created_and_its_info_requested(server: ScriptedServer) -> None:
     with opened(server) as service:
         info = service.create_lora_training_client("b", rank=8).get_info()
     assert info.model_id == MODEL
@@ -126,7 +126,7 @@ def test_a_run_is_created_and_asked_about(server: ScriptedServer) -> None:
     assert poll.headers["accept"] == "application/json"
 
 
-def test_a_key_is_exchanged_for_a_token_where_the_server_says_so(server: ScriptedServer) -> None:
+def test_a_key_is_exchanged_for_a_token_if_the_server_sets_the_flag(server: ScriptedServer) -> None:
     token = "eyJhbGciOiJub25lIn0.eyJleHAiOjQxMDI0NDQ4MDAsImlhdCI6MH0.x"
     server.on(f"POST {API}client/config", Answer(body={"pjwt_auth_enabled": True}))
     server.on(f"POST {API}auth/token", Answer(body={"jwt": token}))
@@ -141,7 +141,7 @@ def test_a_key_is_exchanged_for_a_token_where_the_server_says_so(server: Scripte
     assert created.headers["x-api-key"] == token
 
 
-def test_a_second_client_of_a_sampler_joins_where_the_server_says_so(
+def test_a_second_client_of_a_sampler_joins_if_the_server_sets_the_flag(
     server: ScriptedServer,
 ) -> None:
     server.on(f"POST {API}client/config", Answer(body={"sample_join_sampling_session": True}))
@@ -170,7 +170,7 @@ def test_a_lost_sample_is_drawn_again_under_a_new_number(server: ScriptedServer)
     assert [body["seq_id"] for body in bodies(server, "asample")] == [0, 1]
 
 
-def test_a_cancelled_sample_is_cancelled_where_the_server_says_so(server: ScriptedServer) -> None:
+def test_a_sample_is_cancelled_on_the_server_if_it_sets_the_flag(server: ScriptedServer) -> None:
     pending = Answer(408, {"detail": "running"}, {"retry-after-ms": "1"})
     server.on(f"POST {API}retrieve_future", pending)
     server.on(f"POST {API}client/dynamic_config", Answer(body={"sample_cancel_enabled": True}))
@@ -210,8 +210,8 @@ def test_telemetry_is_sent_only_if_requested(
     assert KEY not in json.dumps(reports)
 
 
-def test_requests_that_no_server_must_have_are_not_sent_unasked(server: ScriptedServer) -> None:
-    """The complete loop against an older server: only routes that it has are requested."""
+def test_optional_routes_are_not_requested_unasked(server: ScriptedServer) -> None:
+    """The complete loop against an older server requests only routes that the server has."""
     with opened(server, wire="json") as service:
         trainer = service.create_lora_training_client("b", rank=8)
         datum = types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [2]})
@@ -255,7 +255,7 @@ def test_whoami_reads_the_token_and_sends_nothing(server: ScriptedServer) -> Non
     assert asked == [f"{API}client/config", f"{API}auth/token"]
 
 
-def test_one_poll_serves_all_samples_where_the_server_says_so(server: ScriptedServer) -> None:
+def test_one_poll_serves_all_samples_if_the_server_sets_the_flag(server: ScriptedServer) -> None:
     finished = [{"state": "finished", "request_id": f"asample-{n}"} for n in range(4)]
     done = Answer(body={"completions": finished, "cursor": 7})
     server.on(f"POST {API}client/config", Answer(body={"sample_use_retrieve_futures": True}))

@@ -1,6 +1,6 @@
-"""What each HTTP status becomes: of a submission, of a poll, of a request for facts.
+"""The outcome of each HTTP status, for submissions, polls and direct requests.
 
-A column of each table is one of the real servers' habits (docs/servers.md).  Retries are quick
+Each column of the tables shows the behaviour of a real server (docs/servers.md).  Retries are quick
 because the scripted server asks for a pause of a millisecond.
 """
 
@@ -27,18 +27,18 @@ ACCEPTED = {"request_id": "r-1"}
 
 
 class Case(NamedTuple):
-    """An answer that is not a plain success, and what the caller gets."""
+    """An answer other than plain success, and what the caller gets for it."""
 
     status: int
     error: Type[errors.TinkexError]
     body: Any = DETAIL
     says: str = "because"  # in the message
     hint: str = ""  # in the hint
-    attempts: int = 1  # that the client makes when the answer is always this one
+    attempts: int = 1  # if every attempt gets this answer
     category: Optional[str] = None
 
 
-#: Submissions and requests for facts alike.
+#: For submissions and direct requests alike.
 REFUSALS = (
     Case(400, errors.BadRequestError),
     Case(401, errors.AuthenticationError, hint="TINKER_API_KEY"),
@@ -55,7 +55,7 @@ REFUSALS = (
     Case(500, errors.InternalServerError, b"Internal Server Error", "Internal", attempts=4),
     Case(501, errors.InternalServerError),
 )
-#: These are tried again until the time is over.
+#: Answers that are retried until the time limit.
 PASSING = (
     Case(408, errors.APIStatusError),
     Case(429, errors.RateLimitError),
@@ -103,7 +103,7 @@ PENDING = (
 
 
 class Place(NamedTuple):
-    """A call of the public client whose route is made to answer."""
+    """A call of the public client, and the route whose answer is scripted."""
 
     name: str
     route: str
@@ -146,7 +146,7 @@ PLACES = (
 
 @contextlib.contextmanager
 def ready(server: ScriptedServer, place: Place, **settings: Any) -> Iterator[Any]:
-    """The call of *place*, with everything it needs already there."""
+    """Yield the call of *place*, with everything it needs in place."""
     TinkerRoutes(server)
     server.on(f"GET {API}sessions/s", Answer(body={"training_run_ids": [], "sampler_ids": []}))
     server.on(f"DELETE {API}training_runs/r/checkpoints/weights/a", Answer(204, b""))
@@ -199,7 +199,9 @@ ROUTES = (errors.RouteMissingError,)
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("case", PASSING, ids=by_status)
-def test_trouble_that_passes_is_not_seen(server: ScriptedServer, place: Place, case: Case) -> None:
+def test_temporary_trouble_is_hidden_from_the_caller(
+    server: ScriptedServer, place: Place, case: Case
+) -> None:
     with ready(server, place) as call:
         good = {
             "facts": Answer(body={"training_run_ids": [], "sampler_ids": []}),
@@ -218,17 +220,17 @@ def test_trouble_that_passes_is_not_seen(server: ScriptedServer, place: Place, c
         call()
         made = server.requests(place.route)[before:]
     assert len(made) == 3
-    assert len({request.body for request in made}) == 1  # the same work, under the same number
+    assert len({request.body for request in made}) == 1  # the same work with the same number
     assert len({request.headers.get("x-idempotency-key") for request in made}) == 1
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("case", PASSING, ids=by_status)
-def test_trouble_that_stays_is_reported_after_a_while(
+def test_persistent_trouble_is_reported_after_the_time_limit(
     server: ScriptedServer, place: Place, case: Case
 ) -> None:
     with ready(server, place, max_outage_s=20.0) as call:
-        later = Answer(case.status, case.body, {"Retry-After": "30"})  # after the time is over
+        later = Answer(case.status, case.body, {"Retry-After": "30"})  # later than the time limit
         server.on(place.route, Answer(case.status, case.body, SOON), later)
         with pytest.raises(errors.TinkexError) as failure:
             call()
@@ -263,7 +265,7 @@ def test_a_poll_that_ends_in_an_error(server: ScriptedServer, place: Place, case
             call()
         made = server.requests(f"POST {API}retrieve_future")[before:]
     if case.status == 410 and place.name == "sample":
-        case = case._replace(attempts=6)  # a sample whose result was lost is drawn again, 5 times
+        case = case._replace(attempts=6)  # a sample with a lost result is drawn again 5 times
     check(failure.value, case)
     assert len(made) == case.attempts
     if case.error is not errors.ResponseDecodeError:
@@ -271,7 +273,7 @@ def test_a_poll_that_ends_in_an_error(server: ScriptedServer, place: Place, case
 
 
 @pytest.mark.parametrize("pending", PENDING, ids=lambda one: f"{one.status} {one.body}"[:40])
-def test_a_poll_that_is_to_be_repeated(server: ScriptedServer, pending: Answer) -> None:
+def test_a_poll_that_must_be_repeated(server: ScriptedServer, pending: Answer) -> None:
     with ready(server, PLACES[0]) as call:
         server.on(PLACES[0].route, Answer(body=ACCEPTED))
         before = len(server.requests(f"POST {API}retrieve_future"))
@@ -300,8 +302,8 @@ def test_x_should_retry_decides_before_the_status(server: ScriptedServer) -> Non
 
 
 @pytest.mark.parametrize("hint", ["0.001", "Sun, 22 Nov 1998 19:00:00 GMT", "soon", "-1", "1e400"])
-def test_any_form_of_retry_after_is_taken(server: ScriptedServer, hint: str) -> None:
-    """Seconds, or a date; what makes no sense does not count."""
+def test_any_form_of_retry_after_is_accepted(server: ScriptedServer, hint: str) -> None:
+    """Seconds, or a date; invalid values are ignored."""
     place = PLACES[4]
     with ready(server, place) as call:
         good = Answer(body={"training_run_ids": [], "sampler_ids": []})

@@ -211,7 +211,7 @@ _LEAST_SAMPLES = {"sequences": [{"stop_reason": "length", "tokens": [5]}]}
 
 
 def _told(response):
-    """What a sample response holds, comparable with ==."""
+    """Return the contents of a sample response, comparable with ==."""
     return {
         "sequences": [(s.stop_reason, s.tokens, s.logprobs, s.topk_logprobs)
                       for s in response.sequences],
@@ -261,7 +261,7 @@ SAMPLE = (
          "prompt_alt_tokens_k": 1, "sampling_session_id": "session-1:sample:0", "seq_id": N,
          "type": "sample"},
         spare=("prompt_logprobs", "topk_prompt_logprobs", "prompt_cache_hit_tokens",
-               # Their use: tests/clients/test_sampling_client.py.
+               # tests/clients/test_sampling_client.py tests their use.
                "target_prompt_logprobs", "prompt_alt_tokens"),
         least={
             "sequences": [{"stop_reason": "length", "tokens": [5], "logprobs": [-0.5],

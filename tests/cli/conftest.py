@@ -21,7 +21,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def saved(server: Server) -> str:
-    """A training run with one checkpoint of each kind; returns the training checkpoint's path."""
+    """Return the path of the training checkpoint of a run that has one checkpoint of each kind."""
     with library.ServiceClient(base_url=server.url) as service:
         trainer = service.create_lora_training_client(server.model, rank=4)
         datum = types.Datum(

@@ -29,7 +29,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What stdin holds: a key, as a pipe would send it."""
+    """Put a key on stdin, as a pipe would."""
     stdin = io.StringIO(f" {KEY} \n")
     monkeypatch.setattr("sys.stdin", stdin)
     return stdin
@@ -45,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hosted() -> Iterator[ScriptedServer]:
-    """A server that sends the responses a test gives it."""
+    """A server that sends the responses that a test scripts."""
     with ScriptedServer() as scripted:
         yield scripted
 
@@ -54,7 +54,7 @@ def hosted() -> Iterator[ScriptedServer]:
 def tinkex_auth(
     hosted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Any:
-    """Runs ``tinkex auth ...`` against the scripted server."""
+    """A function that runs ``tinkex auth ...`` against the scripted server."""
     monkeypatch.setenv("TINKER_BASE_URL", hosted.url)
 
     def run(*arguments: str) -> Ran:
@@ -73,13 +73,13 @@ def about(received: Received) -> Answer:
     return Answer(body={"key_id": 7, "name": "laptop", "note": "n", "details": details})
 
 
-def test_login_tries_the_key_and_stores_it(
+def test_login_checks_the_key_and_stores_it(
     tinkex_auth: Any, hosted: ScriptedServer, typed: io.StringIO
 ) -> None:
     hosted.on(f"GET {ME}", about)
     ran = tinkex_auth("login")
     assert (ran.code, "laptop" in ran.out) == (0, True)
-    (asked,) = hosted.requests()  # no flags, no token: the key itself
+    (asked,) = hosted.requests()  # the key itself is sent: no request for flags or a token
     assert asked.headers["x-api-key"] == KEY
     content = json.loads(CredentialsFile().path.read_text())
     assert content["default"] == "7"
@@ -92,7 +92,7 @@ def test_login_tries_the_key_and_stores_it(
     }
 
 
-def test_a_second_login_is_refused_before_anything_is_typed(
+def test_a_second_login_is_refused_before_the_key_is_asked_for(
     tinkex_auth: Any, hosted: ScriptedServer, typed: io.StringIO
 ) -> None:
     CredentialsFile().store_default("1", StoredKey("old", "desktop"))
@@ -102,7 +102,7 @@ def test_a_second_login_is_refused_before_anything_is_typed(
     assert hosted.requests() == []
 
 
-def test_a_key_that_is_refused_is_not_stored(
+def test_a_refused_key_is_not_stored(
     tinkex_auth: Any, hosted: ScriptedServer, typed: io.StringIO
 ) -> None:
     hosted.on(f"GET {ME}", Answer(401, {"detail": "unknown key"}))
@@ -121,7 +121,7 @@ def test_nonsense_about_a_key_is_an_error(
     assert not CredentialsFile().path.exists()
 
 
-def test_a_key_is_checked_otherwise_where_the_server_reports_nothing_about_keys(
+def test_a_key_is_checked_in_another_way_if_the_server_has_no_key_information(
     tinkex_auth: Any, hosted: ScriptedServer, typed: io.StringIO
 ) -> None:
     hosted.on(CAPABILITIES, Answer(body={"supported_models": []}))
@@ -157,10 +157,10 @@ def test_status_without_a_key(tinkex_auth: Any, hosted: ScriptedServer) -> None:
     assert (ran.code, "none" in ran.out.splitlines()[0]) == (1, True)
 
 
-def test_logout_removes_the_key_and_revokes_what_was_made_for_this_machine(
+def test_logout_removes_the_key_and_revokes_one_made_for_this_machine(
     tinkex_auth: Any, hosted: ScriptedServer
 ) -> None:
-    assert tinkex_auth("logout").code == 0  # nothing to do
+    assert tinkex_auth("logout").code == 0  # there is nothing left to do
     CredentialsFile().store_default("1", StoredKey(KEY, "typed in"))
     assert tinkex_auth("logout").code == 0
     assert CredentialsFile().default() is None
@@ -171,7 +171,7 @@ def test_logout_removes_the_key_and_revokes_what_was_made_for_this_machine(
     assert hosted.requests(f"DELETE {ME}")[0].headers["x-api-key"] == KEY
 
 
-def test_a_key_that_cannot_be_revoked_is_gone_all_the_same_and_that_is_reported(
+def test_a_key_that_cannot_be_revoked_is_still_removed_and_the_user_is_told(
     tinkex_auth: Any, hosted: ScriptedServer
 ) -> None:
     hosted.on(f"DELETE {ME}", Answer(503, {"detail": "busy"}))

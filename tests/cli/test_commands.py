@@ -25,9 +25,9 @@ from tinkex.config import DEFAULT_BASE_URL
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.server import LocalServer
 
-#: As that of `tinkex`, with a key, which every server but the embedded one wants.
 pytestmark = pytest.mark.usefixtures("short_backoff")
 
+#: The environment of `tinkex`, with a key, which every server except the embedded one requires.
 ENVIRONMENT = {**environment(None), "TINKER_API_KEY": "tml-1"}
 
 
@@ -62,7 +62,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]], ids=" ".join)
-def test_the_version_may_be_requested_as_an_option(arguments):
+def test_the_version_is_also_an_option(arguments):
     assert tinkex(*arguments) == (0, f"tinkex {library.__version__}\n", "")
 
 
@@ -81,7 +81,7 @@ def test_the_version_may_be_requested_as_an_option(arguments):
     ],
     ids=" ".join,
 )
-def test_what_is_misspelt_gets_a_suggestion(arguments, meant):
+def test_a_misspelt_command_gets_a_suggestion(arguments, meant):
     done = tinkex(*arguments)
     assert done.returncode == 2
     assert meant in done.stderr
@@ -89,11 +89,11 @@ def test_what_is_misspelt_gets_a_suggestion(arguments, meant):
 
 @pytest.fixture
 def no_server_here(monkeypatch):
-    """Nothing listens where `tinkex serve` does by default."""
+    """No server listens at the default address of `tinkex serve`."""
     monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", 9)
 
 
-def test_without_a_server_it_says_how_to_name_one(no_server_here, tmp_path, monkeypatch):
+def test_without_a_server_the_error_says_how_to_name_one(no_server_here, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     done = tinkex("sample", "hello")
     assert done.returncode == 1
@@ -103,7 +103,7 @@ def test_without_a_server_it_says_how_to_name_one(no_server_here, tmp_path, monk
         assert remedy in done.stderr
 
 
-def test_a_server_started_here_is_found_without_being_named(server, tmp_path, monkeypatch):
+def test_a_server_on_this_machine_is_found_without_being_named(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", int(server.url.rpartition(":")[2]))
     done = tinkex("-f", "json", "model", "list")
@@ -111,7 +111,9 @@ def test_a_server_started_here_is_found_without_being_named(server, tmp_path, mo
     assert [model["model_name"] for model in json.loads(done.stdout)["models"]] == [server.model]
 
 
-def test_a_key_for_the_hosted_service_goes_before_a_server_started_here(server, monkeypatch):
+def test_a_key_for_the_hosted_service_takes_precedence_over_a_server_on_this_machine(
+    server, monkeypatch
+):
     monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", int(server.url.rpartition(":")[2]))
     with mock.patch.dict(os.environ, {"TINKER_API_KEY": "tml-hosted"}):
         assert find_server(None).base_url == DEFAULT_BASE_URL
@@ -127,7 +129,9 @@ WRONG_SERVERS = {
 
 @pytest.mark.parametrize("command", ["auth whoami", "auth status", "model list"])
 @pytest.mark.parametrize("kind", WRONG_SERVERS)
-def test_a_wrong_server_is_named_and_what_is_wrong_with_it(scripted, monkeypatch, command, kind):
+def test_the_error_about_a_wrong_server_names_it_and_the_fault(
+    scripted, monkeypatch, command, kind
+):
     for route in ("POST /api/v1/client/config", "GET /api/v1/get_server_capabilities"):
         scripted.on(route, WRONG_SERVERS[kind])
     arguments = [*command.split(), "--base-url", scripted.url]
@@ -143,7 +147,7 @@ def test_a_wrong_server_is_named_and_what_is_wrong_with_it(scripted, monkeypatch
 
 @pytest.mark.parametrize("command", ["auth whoami", "auth status", "model list"])
 @pytest.mark.parametrize("named_by", ["--base-url", "TINKER_BASE_URL"])
-def test_an_absent_server_is_named_and_what_to_do(monkeypatch, command, named_by):
+def test_the_error_about_an_absent_server_names_it_and_the_remedy(monkeypatch, command, named_by):
     impatient = functools.partial(library.RestClient, startup_timeout_s=0.5)
     monkeypatch.setattr(library, "RestClient", impatient)
     url = "http://127.0.0.1:9"
@@ -201,7 +205,7 @@ def test_json_may_be_requested_before_and_after_the_command(server, saved, argum
     assert run["last_checkpoint"]["tinker_path"] == saved
 
 
-def test_listing_runs_goes_on_over_pages(server: Server):
+def test_listing_runs_fetches_all_pages(server: Server):
     with library.ServiceClient(base_url=server.url) as service:
         waiting = [
             service.create_lora_training_client_future(server.model, rank=1) for _ in range(103)
@@ -258,7 +262,7 @@ def test_checkpoints_of_one_run(server: Server, saved: str):
     assert len(listed["checkpoints"]) == 2
 
 
-def test_deleting_asks_first(server: Server, saved: str):
+def test_deleting_asks_for_confirmation(server: Server, saved: str):
     refused = tinkex("checkpoint", "delete", saved, base_url=server.url, stdin="n\n")
     assert refused.returncode == 1
     assert saved in refused.stderr
@@ -268,7 +272,7 @@ def test_deleting_asks_first(server: Server, saved: str):
     assert tinkex("checkpoint", "info", saved, base_url=server.url).returncode == 1
 
 
-def test_deleting_reports_what_failed_and_does_the_rest(server: Server, saved: str):
+def test_deleting_reports_failures_and_deletes_the_rest(server: Server, saved: str):
     missing = saved.replace("/first", "/other")
     done = tinkex("checkpoint", "delete", "-y", missing, saved, base_url=server.url)
     assert done.returncode == 1
@@ -282,7 +286,7 @@ def test_a_wrong_path_is_reported_before_the_network():
     assert "tinker://nonsense" in done.stderr
 
 
-def test_looking_things_up_opens_no_session(server: Server, saved: str):
+def test_commands_that_only_read_open_no_session(server: Server, saved: str):
     done = run(["-m", "tinkex", "run", "list"], base_url=server.url)
     assert (done.returncode, done.stderr) == (0, "")
     tinkex("run", "info", "no-such-run", base_url=server.url)
@@ -290,7 +294,7 @@ def test_looking_things_up_opens_no_session(server: Server, saved: str):
     assert len(server.ends()) == 1, "that of the run"
 
 
-def test_serve_is_ready_answers_and_stops_at_ctrl_c(tmp_path):
+def test_serve_announces_that_it_is_ready_responds_and_stops_at_ctrl_c(tmp_path):
     command = ["-m", "tinkex", "serve", "--model", "deterministic", "--port", "0"]
     with started([*command, "--data-dir", str(tmp_path)]) as server:
         assert server.stdout is not None
@@ -303,7 +307,7 @@ def test_serve_is_ready_answers_and_stops_at_ctrl_c(tmp_path):
     assert "Warning" not in ended.stderr
 
 
-def test_sample_says_what_it_needs_where_there_is_no_tokenizer(server: Server):
+def test_sample_names_what_it_needs_if_there_is_no_tokenizer(server: Server):
     done = tinkex("sample", "hello", "--base-url", server.url)
     assert done.returncode == 1
     assert "Error: the model 'deterministic' has no tokenizer" in done.stderr
@@ -311,7 +315,7 @@ def test_sample_says_what_it_needs_where_there_is_no_tokenizer(server: Server):
     assert [end[:3] for end in server.ends()] == ["410"]
 
 
-def test_a_lost_session_of_a_command_says_what_to_do_about_the_command():
+def test_the_error_about_a_lost_session_tells_the_user_to_repeat_the_command():
     config = library.Config.resolve(base_url="http://h")
     error = library.SessionLostError("session s was lost", hint="Create a new ServiceClient.")
     with pytest.raises(library.SessionLostError) as caught, explained(config):
@@ -337,7 +341,7 @@ def test_models_are_listed(server: Server):
     assert model["model_name"] == server.model
 
 
-def test_a_model_that_is_not_offered(server: Server):
+def test_a_model_that_the_server_does_not_offer(server: Server):
     done = tinkex("model", "list", "llama", base_url=server.url)
     assert (done.returncode, done.stdout) == (1, "")
     assert "'llama'" in done.stderr
@@ -472,7 +476,7 @@ def test_checkpoints_of_a_run_are_deleted_by_filter(server, saved, filters, kind
     ],
     ids=" ".join,
 )
-def test_what_to_delete_must_be_clear(arguments):
+def test_the_checkpoints_to_delete_must_be_unambiguous(arguments):
     done = tinkex("checkpoint", "delete", *arguments, base_url="http://127.0.0.1:9")
     assert done.returncode == 2
     assert "Error: " in done.stderr
@@ -506,7 +510,7 @@ def test_a_checkpoint_is_downloaded(server: Server, saved: str, tmp_path):
     assert str(folder) in forced.stdout
 
 
-def test_a_file_where_the_folder_would_be_is_named(server: Server, saved: str, tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_named(server: Server, saved: str, tmp_path):
     (tmp_path / "file").write_text("mine")
     for option in ("--format=json", "--force"):
         done = tinkex(
@@ -555,7 +559,7 @@ def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypat
     assert not Path(upload["folder_path"]).exists(), "the copy here is deleted"
 
 
-def test_a_push_without_a_repository_makes_one_named_after_the_checkpoint(
+def test_a_push_without_a_repository_creates_one_named_after_the_checkpoint(
     server, saved, monkeypatch
 ):
     hub = FakeHub()
@@ -649,14 +653,16 @@ def test_storage_is_shown(scripted: ScriptedServer, tmp_path):
     ],
     ids=" ".join,
 )
-def test_a_server_that_cannot_do_it_is_one_clear_error(scripted: ScriptedServer, arguments):
+def test_a_server_without_the_route_is_one_clear_error(scripted: ScriptedServer, arguments):
     done = tinkex(*arguments, base_url=scripted.url)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.match(r"Error: 127\.0\.0\.1:\d+ does not have GET ", done.stderr)
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_in_a_download_keeps_what_has_come(scripted: ScriptedServer, tmp_path):
+def test_ctrl_c_during_a_download_keeps_the_part_that_was_received(
+    scripted: ScriptedServer, tmp_path
+):
     path = "tinker://run-1/weights/final"
     route = "GET /api/v1/training_runs/run-1/checkpoints/weights/final/archive"
     scripted.on(route, Answer(body={"url": f"{scripted.url}/a.tar"}))

@@ -1,4 +1,4 @@
-"""``tinkex data show``: what is learnt of a file of examples."""
+"""``tinkex data show``: which tokens of a file of examples are trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model is made once."""
+    """A cache with the tiny model, made once."""
     pytest.importorskip("torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
@@ -72,7 +72,7 @@ def test_a_file_without_examples_is_one_clear_error(tmp_path: Path, content: Any
     assert str(path) in done.stderr
 
 
-def test_a_line_without_an_example_is_wrong_usage(file: Path):
+def test_a_line_number_without_an_example_is_wrong_usage(file: Path):
     done = show(file, "--model", "tiny-random", "--line", 9)
     assert done.returncode == 2
     assert "no example in line 9" in done.stderr
@@ -85,7 +85,7 @@ def test_a_model_without_a_tokenizer_is_one_clear_error(file: Path):
     assert "has no tokenizer" in done.stderr
 
 
-def test_an_interrupt_ends_it_while_it_waits(tmp_path: Path):
+def test_an_interrupt_ends_the_command_while_it_waits(tmp_path: Path):
     pipe = tmp_path / "examples.jsonl"
     os.mkfifo(pipe)
     code = """
@@ -108,7 +108,7 @@ tinkex.cli.main.main()
 
 
 @pytest.mark.engine
-def test_what_is_learnt_is_marked(file: Path, cache: None):
+def test_learnt_tokens_are_marked(file: Path, cache: None):
     done = show(file, "--model", "tiny-random", "--limit", 0)
     assert (done.returncode, done.stderr) == (0, "")
     blocks = done.stdout.split("line ")[1:]
@@ -124,7 +124,7 @@ def test_what_is_learnt_is_marked(file: Path, cache: None):
 
 
 @pytest.mark.engine
-def test_lines_and_learning_can_be_chosen(file: Path, cache: None):
+def test_lines_and_the_learnt_messages_can_be_chosen(file: Path, cache: None):
     done = show(file, "--model", "tiny-random", "--line", 1, "--learn", "last")
     assert done.stdout.count("{+") == 1
     assert "{+six" in done.stdout
@@ -148,7 +148,7 @@ def test_json_has_each_token_with_its_weight(file: Path, cache: None):
 
 
 @pytest.mark.engine
-def test_examples_that_are_cut_or_unusable_say_so(file: Path, cache: None):
+def test_cut_and_unusable_examples_are_marked(file: Path, cache: None):
     done = show(file, "--model", "tiny-random", "--max-tokens", 14, "--line", 2, "--line", 1)
     assert done.returncode == 1
     assert re.search(

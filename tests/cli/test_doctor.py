@@ -1,4 +1,4 @@
-"""``tinkex doctor``, with each of the faults that it is there to find."""
+"""``tinkex doctor``, with each of the faults that it should find."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from support.session_server import BEAT, CAPABILITIES, CREATE, SessionServer
 HEALTH = "GET /api/v1/healthz"
 MODELS = {"supported_models": [{"model_name": "llama"}]}
 PAGE = b"<!doctype html><html>Please sign in</html>"
-#: What comes after the checks of the network.
+#: The checks that follow those of the network.
 OF_THE_SERVER = ("HTTP", "access", "session", "heartbeat", "round trip", "encoding")
 
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch, tmp_path):
-    """Neither a proxy nor a CA bundle nor a stored key nor a server of the machine's own."""
+    """No proxy, no CA bundle, no stored key, and no server on this machine."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.endswith(("_CA_BUNDLE", "SSL_CERT_FILE")):
             monkeypatch.delenv(name)
@@ -33,7 +33,7 @@ def bare_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def scripted() -> Iterator[SessionServer]:
-    """A server in good health."""
+    """A healthy server."""
     with SessionServer() as server:
         server.on(HEALTH, Answer())
         server.on(CAPABILITIES, Answer(body=MODELS))
@@ -68,7 +68,7 @@ def assert_skipped_after(found: Dict[str, Any], name: str) -> None:
     assert all(found[other]["status"] == "skipped" for other in later)
 
 
-def test_a_server_in_good_health_gets_a_line_for_each_check(server: Server):
+def test_a_healthy_server_gets_a_line_for_each_check(server: Server):
     done = tinkex("doctor", "--base-url", server.url)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -84,14 +84,14 @@ def test_a_server_in_good_health_gets_a_line_for_each_check(server: Server):
     assert "404" in end or "410" in end, "the session of the check was ended"
 
 
-def test_the_variable_that_names_the_server_is_named(server: Server):
+def test_the_report_names_the_variable_that_gives_the_server(server: Server):
     found = examine(server.url)
     assert found["settings"]["detail"] == f"base URL {server.url} (from $TINKER_BASE_URL)"
     assert all(found[name]["status"] == "ok" for name in OF_THE_SERVER)
     assert found["round trip"]["ms"] > 0
 
 
-def test_nothing_that_listens_is_the_servers_fault(scripted: SessionServer):
+def test_a_port_without_a_listener_is_a_fault_of_the_server(scripted: SessionServer):
     url = scripted.url
     scripted.close()
     found = examine(url)
@@ -102,7 +102,7 @@ def test_nothing_that_listens_is_the_servers_fault(scripted: SessionServer):
     assert_skipped_after(found, "TCP")
 
 
-def test_a_name_without_an_address_is_found_by_the_check_of_dns(monkeypatch):
+def test_a_host_name_without_an_address_is_found_by_the_dns_check(monkeypatch):
     error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     monkeypatch.setattr(socket, "getaddrinfo", mock.Mock(side_effect=error))
     found = examine("http://tinker.exmaple")
@@ -111,7 +111,7 @@ def test_a_name_without_an_address_is_found_by_the_check_of_dns(monkeypatch):
     assert_skipped_after(found, "DNS")
 
 
-def test_a_certificate_of_an_unknown_ca_is_the_bundles_fault(monkeypatch):
+def test_a_certificate_of_an_unknown_ca_is_a_fault_of_the_bundle(monkeypatch):
     with ScriptedServer(tls=True) as server:
         found = examine(server.url)
         assert found["CA bundle"]["status"] == "ok"
@@ -138,7 +138,7 @@ def test_a_ca_bundle_without_certificates_is_a_fault_of_the_settings(monkeypatch
     assert "does not exist" in examine("https://127.0.0.1:9")["settings"]["detail"]
 
 
-def test_https_to_a_server_of_http_is_a_fault_of_the_base_url(scripted: SessionServer):
+def test_https_to_an_http_server_is_a_fault_of_the_base_url(scripted: SessionServer):
     found = examine(scripted.url.replace("http:", "https:"))
     assert "handshake failed" in found["TLS"]["detail"]
     assert found["TLS"]["fault"].startswith("the base URL")
@@ -146,7 +146,7 @@ def test_https_to_a_server_of_http_is_a_fault_of_the_base_url(scripted: SessionS
 
 
 @pytest.mark.parametrize("url", ["localhost:8642", "http://u:secret@host", "nonsense"])
-def test_a_base_url_that_is_none_is_a_fault_of_the_settings(url):
+def test_an_invalid_base_url_is_a_fault_of_the_settings(url):
     found = examine(url)
     assert found["settings"]["fault"] == "your settings"
     assert "secret" not in str(found)
@@ -154,7 +154,7 @@ def test_a_base_url_that_is_none_is_a_fault_of_the_settings(url):
 
 
 @pytest.mark.parametrize("status", [200, 403, 503])
-def test_a_page_of_something_else_is_not_taken_for_the_server(scripted: SessionServer, status: int):
+def test_another_programs_page_is_not_taken_for_the_server(scripted: SessionServer, status: int):
     scripted.on(HEALTH, Answer(status, PAGE, content_type="text/html"))
     found = examine(scripted.url)
     assert only_failure(found)["name"] == "HTTP"
@@ -162,7 +162,7 @@ def test_a_page_of_something_else_is_not_taken_for_the_server(scripted: SessionS
     assert_skipped_after(found, "HTTP")
 
 
-def test_a_web_server_without_any_route_is_no_tinker_server():
+def test_a_web_server_without_any_route_is_not_a_tinker_server():
     with ScriptedServer() as server:
         found = examine(server.url)
     assert only_failure(found)["name"] == "session"
@@ -170,14 +170,14 @@ def test_a_web_server_without_any_route_is_no_tinker_server():
     assert "TINKER_BASE_URL" in found["session"]["advice"]
 
 
-def test_a_wrong_path_of_a_server_is_named_in_one_sentence(server: Server):
+def test_a_wrong_path_in_the_base_url_is_reported_in_one_sentence(server: Server):
     done = tinkex("doctor", base_url=f"{server.url}/wrong")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("failed")]
     assert "404: no route POST /wrong/api/v1/create_session.  Fault: the base URL." in line
     assert ".." not in line
 
 
-def test_a_wrong_key_is_the_keys_fault_and_never_shown(scripted: SessionServer, monkeypatch):
+def test_a_wrong_key_is_reported_and_never_shown(scripted: SessionServer, monkeypatch):
     key = "tml-secret-of-mine"
     scripted.on(CAPABILITIES, Answer(401, {"detail": f"unknown key {key}"}))
     with_key = {**environment(scripted.url), "TINKER_API_KEY": key}
@@ -202,7 +202,7 @@ def test_without_a_key_the_hosted_service_cannot_be_used(monkeypatch):
     assert found["DNS"]["status"] == "failed", "the network is checked all the same"
 
 
-def test_a_server_without_some_routes_passes_if_it_has_those_that_matter(scripted: SessionServer):
+def test_a_server_without_some_optional_routes_passes(scripted: SessionServer):
     for route in (HEALTH, CAPABILITIES):
         scripted.on(route, Answer(404, {"detail": "Not Found"}))
     scripted.finish_answer = Answer(404, {"detail": "Not Found"})

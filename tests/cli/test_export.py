@@ -1,4 +1,4 @@
-"""``tinkex export``: what it reports when there is nothing to export."""
+"""``tinkex export``: the errors when there is nothing to export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def saved(server: Server) -> str:
         return trainer.save_weights_for_sampler("first").result().path
 
 
-def test_a_checkpoint_that_is_gone_is_reported_with_what_lists_the_others(
+def test_a_missing_checkpoint_is_reported_with_the_command_that_lists_the_others(
     server: Server, saved: str, tmp_path: Path
 ) -> None:
     gone = saved.replace("first", "second")
@@ -31,7 +31,7 @@ def test_a_checkpoint_that_is_gone_is_reported_with_what_lists_the_others(
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_a_server_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     path = "tinker://00000000-0000-0000-0000-000000000000:train:0/weights/first"
     command = ["export", path, "--to", str(tmp_path / "out"), "--base-url", "http://127.0.0.1:9"]
     code, out, err = tinkex(*command)
@@ -41,7 +41,7 @@ def test_a_server_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_that_is_taken_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+def test_an_existing_destination_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     command = ["export", "tinker://a:train:0/weights/b", "--to", str(tmp_path)]
     code, _, err = tinkex(*command, "--base-url", "http://127.0.0.1:9")
@@ -51,7 +51,7 @@ def test_a_destination_that_is_taken_is_refused_before_anything_is_sent(tmp_path
     )
 
 
-def test_a_base_url_is_refused_where_it_would_not_be_used(tmp_path: Path) -> None:
+def test_a_base_url_is_refused_if_it_would_not_be_used(tmp_path: Path) -> None:
     command = ["export", str(tmp_path), "--to", str(tmp_path / "out")]
     code, _, err = tinkex(*command, "--base-url", "http://127.0.0.1:9")
     assert code == 2

@@ -21,7 +21,7 @@ from tinkex.errors import SessionLostError
 
 PATH = "tinker://run/weights/a"
 
-#: Each command that asks a server, with arguments.
+#: Each command that sends requests, with arguments.
 COMMANDS = {
     "auth login": "",
     "auth logout": "",
@@ -47,14 +47,14 @@ COMMANDS = {
     "session info": "s-1",
     "session list": "",
 }
-#: Tested on their own, or without a wait.
+#: Commands with tests of their own, or that never wait.
 ELSEWHERE = {"data show", "serve", "status", "version", "train", "export"}
-#: They send nothing here: no key is stored, and nothing is typed.
+#: Commands that send nothing here, because no key is stored or typed.
 SILENT = {"auth logout", "auth login"}
 
 
 class DeafServer(ScriptedServer):
-    """Takes every request, and answers none."""
+    """Accepts every request, and answers none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_a_command_that_waits(name: str, deaf: DeafServer):
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_the_check_of_a_key(deaf: DeafServer):
+def test_ctrl_c_ends_login_while_the_key_is_checked(deaf: DeafServer):
     process = subprocess.Popen(
         [sys.executable, *STRICT, "-m", "tinkex", "auth", "login"],
         env=environment(deaf.url),
@@ -140,7 +140,7 @@ def test_ctrl_c_ends_the_check_of_a_key(deaf: DeafServer):
     assert "tml-secret" not in done.stdout + done.stderr
 
 
-def test_an_error_in_the_place_of_the_interrupt_is_the_interrupt(monkeypatch, capsys):
+def test_an_error_caused_by_an_interrupt_counts_as_the_interrupt(monkeypatch, capsys):
     def fail(*args: object, **options: object) -> None:
         try:
             try:
@@ -155,13 +155,13 @@ def test_an_error_in_the_place_of_the_interrupt_is_the_interrupt(monkeypatch, ca
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_an_error_that_is_its_own_context_is_no_interrupt():
+def test_an_error_with_a_cycle_of_causes_is_no_interrupt():
     error, cause = click.ClickException("no such model"), ValueError()
     error.__cause__, cause.__context__ = cause, error
     assert not is_interrupt(error)
 
 
-def test_ctrl_c_ends_the_command_while_it_is_imported():
+def test_ctrl_c_ends_a_command_during_its_imports():
     done = run(["-c", IMPORTING])
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 

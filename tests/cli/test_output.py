@@ -42,7 +42,7 @@ def test_times(ago, text):
     assert when(NOW - ago, NOW) == text
 
 
-def test_a_time_that_is_unknown():
+def test_an_unknown_time():
     assert when(None) == "-"
 
 
@@ -78,12 +78,12 @@ def test_wide_characters_keep_the_columns_of_a_table_in_line(capsys):
     ]
 
 
-def test_facts_are_printed_one_a_line(capsys):
+def test_facts_are_printed_one_per_line(capsys):
     print_facts("a run", [["Run ID", PATH], ["Note", "two\nlines"]])
     assert capsys.readouterr().out == f"a run\n\nRun ID  {PATH}\nNote    two\\nlines\n"
 
 
-def test_a_piped_table_cuts_nothing_and_reads_nothing_into_ids(capsys):
+def test_a_piped_table_truncates_nothing_and_reformats_no_ids(capsys):
     run_id = "aeb458af-cbb7-4917-a48d-ea900a637073:train:0" * 300
     print_table("title", ["Run ID", "Value"], [[run_id, "[bold]"]])
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""docs/cli.md names every command and option, and completion works as it says."""
+"""docs/cli.md names every command and option, and completion works as described there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_command_and_option_is_explained():
 
 
 def complete(words: str) -> str:
-    """Return what bash would be offered for the last of *words*."""
+    """Return the completions that bash would get for the last of *words*."""
     count = len(words.split(" ")) - 1
     return subprocess.run(
         [sys.executable, "-c", "from tinkex.cli.main import cli; cli(prog_name='tinkex')"],

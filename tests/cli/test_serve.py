@@ -49,7 +49,7 @@ def start(data_dir: Path, *options: str) -> Tuple[subprocess.Popen, str]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)], ids=["SIGINT", "SIGTERM"]
 )
-def test_it_is_ready_when_it_says_so_and_ends_at_sigterm_or_ctrl_c(
+def test_serve_is_ready_when_it_says_so_and_ends_at_sigterm_or_ctrl_c(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process, url = start(tmp_path)
@@ -63,7 +63,7 @@ def test_it_is_ready_when_it_says_so_and_ends_at_sigterm_or_ctrl_c(
     assert (tmp_path / "tinkex.sqlite3").exists()
 
 
-def test_it_responds_only_for_the_hosts_that_it_is_given(tmp_path: Path) -> None:
+def test_serve_responds_only_to_the_hosts_that_it_is_given(tmp_path: Path) -> None:
     process, url = start(tmp_path, "--allow-host", "a.example", "--allow-host", "b.example")
     with process:
         for host, status in (("a.example", 200), ("B.example:80", 200), ("c.example", 421)):
@@ -85,7 +85,7 @@ def test_it_responds_only_for_the_hosts_that_it_is_given(tmp_path: Path) -> None
         (signal.SIGTERM, signal.SIGTERM, 0),
     ],
 )
-def test_the_first_signal_decides_and_further_ones_disturb_nothing(
+def test_the_first_signal_decides_and_further_ones_are_harmless(
     tmp_path: Path, first: signal.Signals, second: signal.Signals, code: int
 ) -> None:
     process, url = start(tmp_path)
@@ -112,7 +112,7 @@ def listens(address: Tuple[str, int]) -> bool:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_each_request_is_logged_unless_it_is_to_be_quiet(tmp_path: Path, quiet: bool) -> None:
+def test_each_request_is_logged_unless_the_server_is_quiet(tmp_path: Path, quiet: bool) -> None:
     process, url = start(tmp_path, *(["--quiet"] if quiet else []))
     with process:
         with urllib.request.urlopen(f"{url}/api/v1/healthz?secret=1", timeout=PATIENCE_S) as answer:
@@ -132,7 +132,7 @@ def test_each_request_is_logged_unless_it_is_to_be_quiet(tmp_path: Path, quiet: 
 
 
 @pytest.mark.engine
-def test_training_and_sampling_write_no_warnings_of_libraries(tmp_path: Path) -> None:
+def test_training_and_sampling_print_no_warnings_from_libraries(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     process, url = start(tmp_path, "--model", "tiny-random", "--quiet")
     with process:
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_model_is_loaded(
     assert loaded == []
 
 
-def test_data_lives_in_the_users_data_folder(
+def test_data_is_kept_in_the_users_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""``tinkex status``: what clients have in flight, and run folders."""
+"""``tinkex status``: the work that clients have in flight, and run folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if "stay" in sys.argv:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where status files are written, of the tests alone."""
+    """A folder for the status files of the tests alone."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(process_status, "FIRST_S", 0.0)
     return tmp_path / "tinkex"
@@ -51,7 +51,7 @@ def scripted() -> Iterator[SessionServer]:
 
 @pytest.fixture
 def often(monkeypatch):
-    """Have the file written with each heartbeat."""
+    """Have the status file written at each heartbeat."""
     monkeypatch.setattr(process_status, "INTERVAL_S", 0.0)
 
 
@@ -108,7 +108,7 @@ def test_a_session_and_its_work_are_shown_until_they_end(scripted, often, folder
     assert list(folder.iterdir()) == []
 
 
-def test_heartbeats_that_fail_are_shown(scripted, often):
+def test_failing_heartbeats_are_shown(scripted, often):
     with open_service(scripted) as service:
         scripted.on(BEAT, Answer(500, {"detail": "on fire"}))
         session = wait_for(lambda found: found["failures"] > 0, "a failed heartbeat")
@@ -117,7 +117,7 @@ def test_heartbeats_that_fail_are_shown(scripted, often):
         assert "failing for" in tinkex("status").stdout
 
 
-def test_other_processes_are_shown_and_leave_nothing_behind(scripted, folder):
+def test_other_processes_are_shown_and_leave_no_files_behind(scripted, folder):
     script = ["-c", HOLD_A_SESSION, scripted.url]
     assert run(script).stdout == "open\n"
     assert list(folder.glob("*")) == []
@@ -133,7 +133,7 @@ def test_other_processes_are_shown_and_leave_nothing_behind(scripted, folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_process_id_that_is_used_again_is_another_process(scripted, folder):
+def test_a_reused_process_id_is_taken_for_another_process(scripted, folder):
     with open_service(scripted):
         wait_until(lambda: len(read_processes(0.0)) == 1, "the file was written")
         (file,) = folder.iterdir()
@@ -145,7 +145,7 @@ def test_a_process_id_that_is_used_again_is_another_process(scripted, folder):
         assert not other.exists()
 
 
-def test_what_is_not_a_status_file_does_no_harm(scripted, folder):
+def test_other_files_in_the_status_folder_do_no_harm(scripted, folder):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / f"{os.getpid()}.json").write_text('{"pid": 1')
@@ -174,13 +174,13 @@ def test_a_folder_that_cannot_be_used_is_no_error(scripted, folder, tmp_path, pl
     assert listed() == []
 
 
-def test_without_a_runtime_folder_that_of_temporary_files_is_used(monkeypatch):
+def test_without_a_runtime_folder_the_folder_for_temporary_files_is_used(monkeypatch):
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setattr("tempfile.tempdir", "/somewhere")
     assert str(status_folder()).startswith("/somewhere/tinkex-")
 
 
-def test_a_process_that_is_silent_for_long_gets_a_remark(scripted, folder):
+def test_a_process_that_has_long_been_silent_gets_a_remark(scripted, folder):
     with open_service(scripted):
         wait_until(lambda: len(read_processes(0.0)) == 1, "the file was written")
         (file,) = folder.iterdir()

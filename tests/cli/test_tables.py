@@ -1,4 +1,4 @@
-"""Every table, on a narrow terminal and in a pipe: no id and no path is broken or decorated."""
+"""Every table, on narrow terminals and in a pipe: no id and no path is wrapped or decorated."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def billed() -> Iterator[ScriptedServer]:
-    """A server with accounts, which the embedded one is not."""
+    """A server with accounts, which the embedded server lacks."""
     with ScriptedServer() as server:
         usage = {"data": [EVENT], "sessions": {}}
         server.on("GET /api/v1/billing/usage/events", Answer(body=usage))
@@ -55,7 +55,7 @@ def billed() -> Iterator[ScriptedServer]:
 
 
 def on_terminal(arguments: List[str], base_url: str, columns: int) -> str:
-    """Return what a command prints on a terminal of that width."""
+    """Return what a command prints on a terminal with that many columns."""
     terminal = Terminal()
     variables = {**environment(base_url), "COLUMNS": str(columns), "TERM": "xterm-256color"}
     with (
@@ -67,7 +67,7 @@ def on_terminal(arguments: List[str], base_url: str, columns: int) -> str:
 
 
 def assert_whole(arguments: List[str], base_url: str, *names: str) -> None:
-    """Check that each of *names*, which one would copy, is a word of the output."""
+    """Check that each of *names*, which users may want to copy, is a whole word of the output."""
     piped = tinkex(*arguments, base_url=base_url)
     assert (piped.returncode, piped.stderr) == (0, "")
     outputs: Dict[str, str] = {"pipe": piped.stdout}
@@ -118,7 +118,7 @@ def test_the_bills(billed: ScriptedServer):
     assert_whole(["billing", "checkpoint-storage"], billed.url, *names)
 
 
-def test_what_is_in_flight(server: Server, tmp_path, monkeypatch):
+def test_the_work_in_flight(server: Server, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with ServiceClient(base_url=server.url) as service:
         wait_until(lambda: list((tmp_path / "tinkex").glob("*.json")) != [], "it is written")

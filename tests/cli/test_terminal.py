@@ -34,7 +34,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.testing import FakeServer, faults
 
 CAPABILITIES = "GET /api/v1/get_server_capabilities"
-#: No code page of Windows has all of these.
+#: No Windows code page has all of these characters.
 FOREIGN = "🙂 Ѧ 漢 \u202f"
 
 
@@ -52,7 +52,7 @@ def scripted() -> Iterator[ScriptedServer]:
 def test_output_does_not_fail_because_of_the_terminals_encoding(scripted, monkeypatch, encoding):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     monkeypatch.delenv("PYTHONUTF8", raising=False)
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")  # for reading it here
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")  # so that the test can read it
     command = [sys.executable, *STRICT, "-m", "tinkex", "model", "list"]
     env = environment(scripted.url)
     table = subprocess.run(command, env=env, capture_output=True, timeout=PATIENCE_S)
@@ -108,7 +108,7 @@ def test_wrong_usage_is_not_reported_on_stdout_if_stderr_is_closed(capsys, monke
 
 @pytest.fixture
 def closed_pipe() -> Iterator[int]:
-    """The end to write to of a pipe without a reader."""
+    """The writing end of a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     yield write
@@ -153,7 +153,9 @@ def test_output_that_cannot_be_written_is_one_line(
     [(["frobnicate"], 2), (["model", "list", "llama"], 1), (["model", "list"], 0)],
     ids=str,
 )
-def test_the_exit_code_stands_where_stderr_cannot_be_written(scripted, full_disk, arguments, code):
+def test_the_exit_code_is_right_although_stderr_cannot_be_written(
+    scripted, full_disk, arguments, code
+):
     done = subprocess.run(
         [sys.executable, *STRICT, "-m", "tinkex", *arguments],
         env=environment(scripted.url),
@@ -183,7 +185,7 @@ def test_a_key_is_read_from_a_pipe_without_a_warning(scripted, tmp_path, monkeyp
     assert "tml-secret-1" in (tmp_path / ".tinker" / "credentials.json").read_text()
 
 
-def test_the_end_of_the_input_at_a_prompt_is_an_error_and_no_interruption(
+def test_the_end_of_input_at_a_prompt_is_an_error_and_not_an_interrupt(
     server: Server, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -210,7 +212,7 @@ def test_the_question_is_repeated_after_an_answer_that_is_neither_yes_nor_no(scr
 
 
 class Stderr(io.StringIO):
-    """Sets `written` once it holds *text*."""
+    """Sets `written` once *text* has been written to it."""
 
     def __init__(self, text: str, *, terminal: bool) -> None:
         super().__init__()
@@ -236,7 +238,7 @@ def soon(monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
-def test_a_command_says_what_it_waits_for(scripted, soon, monkeypatch, capsys, terminal):
+def test_a_command_shows_what_it_waits_for(scripted, soon, monkeypatch, capsys, terminal):
     where = scripted.url.partition("//")[2]
     stderr = Stderr(f"waiting for {where} (", terminal=terminal)
 
@@ -257,7 +259,7 @@ def test_a_command_says_what_it_waits_for(scripted, soon, monkeypatch, capsys, t
         assert "\r" not in said
 
 
-def test_a_command_says_why_it_tries_again(soon, monkeypatch):
+def test_a_command_shows_why_it_retries(soon, monkeypatch):
     stderr = Stderr("Connection refused; attempt 1", terminal=False)
     monkeypatch.setattr("sys.stderr", stderr)
     with status_line.shown("working"):
@@ -267,7 +269,7 @@ def test_a_command_says_why_it_tries_again(soon, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
-def test_training_reports_that_its_server_is_gone_until_a_step_is_done(soon, monkeypatch, terminal):
+def test_training_shows_that_its_server_is_gone_until_a_step_succeeds(soon, monkeypatch, terminal):
     server = FakeServer()
     server.start()
     stderr = Stderr(f"waiting for the server at {server.url[7:]}; start it", terminal=terminal)
@@ -304,7 +306,7 @@ def test_warnings_are_printed_above_the_status_line(soon, monkeypatch):
     assert re.search(r"working \(\d s\)\r {13}\rthe server is slow\n", stderr.getvalue())
 
 
-def test_warnings_are_printed_where_no_status_is_shown(monkeypatch):
+def test_warnings_are_printed_if_no_status_is_shown(monkeypatch):
     monkeypatch.setenv("TINKEX_NO_STATUS", "1")
     stderr = Stderr("", terminal=True)
     monkeypatch.setattr("sys.stderr", stderr)
@@ -343,7 +345,7 @@ API_KEY = Setting("api_key", ..., aside=" (or {})")
         (sample, ["hi"], ("runs/seed=1, ", "max_tokens=2"), "runs/seed=1, max_tokens=2"),
     ],
 )  # fmt: skip
-def test_errors_name_options_and_not_arguments(command, arguments, parts, said, monkeypatch):
+def test_errors_in_a_command_name_options(command, arguments, parts, said, monkeypatch):
     monkeypatch.delenv("TINKER_BASE_URL", raising=False)
     shown = context(command, arguments)
     assert in_flags(ErrorText(*parts), shown) == said
@@ -386,7 +388,7 @@ def test_a_wrong_path_says_where_paths_are_found(scripted, tmp_path: Path):
     assert scripted.requests() == []
 
 
-def test_the_library_is_not_changed_by_a_command(scripted):
+def test_a_command_leaves_the_settings_of_the_library_unchanged(scripted):
     level = logging.getLogger("tinkex._transport.attempts").level
     tinkex("model", "list", base_url=scripted.url)
     assert logging.getLogger("tinkex._transport.attempts").level == level
@@ -411,6 +413,6 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_that_python_ignores_comes_again():
+def test_an_interrupt_that_python_ignores_is_raised_again():
     done = run(["-c", LOSE_ONE])
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

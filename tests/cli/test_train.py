@@ -27,7 +27,7 @@ SHORT = ["--batch-size", "8", "--rank", "4", "--learning-rate", "0.003"]
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model is made once."""
+    """Use a cache with the tiny model, made once."""
     import torch
 
     torch.set_num_threads(1)
@@ -52,13 +52,13 @@ def write(path: Path, records: List[Any]) -> Path:
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    """A file of 48 short conversations, of which 2 are held out: 6 steps of 8."""
+    """A file of 48 short conversations; 2 are held out, which leaves 6 steps of batch size 8."""
     return write(tmp_path / "chats.jsonl", [conversation(index) for index in range(48)])
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on the same file that nothing has interrupted."""
+    """The folder of an uninterrupted run on the same file."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     file = write(folder / "chats.jsonl", [conversation(index) for index in range(48)])
     trained(file, folder / "run")
@@ -75,7 +75,7 @@ def train(file: Path, out: Path, *options: str, model: str = MODEL) -> Done:
 
 
 def trained(file: Path, out: Path, *options: str, model: str = MODEL) -> Dict[str, Any]:
-    """Train to the end; return what is printed as JSON."""
+    """Train to the end; return the printed JSON."""
     done = train(file, out, *options, "-f", "json", model=model)
     assert done.returncode == 0, done.stderr
     result: Dict[str, Any] = json.loads(done.stdout)
@@ -83,7 +83,7 @@ def trained(file: Path, out: Path, *options: str, model: str = MODEL) -> Dict[st
 
 
 def check_silent(done: Done) -> None:
-    """*done* has succeeded without a word, but that this machine was busy."""
+    """Check that *done* succeeded, and printed at most that this machine was busy."""
     lines = [line for line in done.stderr.splitlines() if not line.startswith("heartbeats ran ")]
     assert (done.returncode, lines) == (0, [])
 
@@ -105,7 +105,7 @@ def test_a_newcomer_gets_from_a_file_to_a_chat(chats: Path, out: Path) -> None:
     chat = tinkex("chat", str(out), "--temperature", "0", "--max-tokens", "8", stdin="3+1?\n")
     check_silent(chat)
     assert chat.stdout.endswith("\n")
-    # A reply as long as the context has room for, which is less than the option's default.
+    # The reply is limited by the context, which is shorter than the option's default.
     assert tinkex("chat", str(out), "--temperature", "0", stdin="3+1?\n").returncode == 0
     refused(
         tinkex("chat", str(out), "--system", "much " * 600, stdin="3+1?\n"),
@@ -116,7 +116,7 @@ def test_a_newcomer_gets_from_a_file_to_a_chat(chats: Path, out: Path) -> None:
     assert tinkex("sample", "3+1?", *options).stdout == chat.stdout
 
 
-def test_what_is_chatted_with_is_what_was_trained(tmp_path: Path, out: Path) -> None:
+def test_chat_uses_the_weights_that_were_trained(tmp_path: Path, out: Path) -> None:
     same = [{"messages": [*conversation(1)["messages"][:1], {"role": "assistant", "content": "A"}]}]
     file = write(tmp_path / "same.jsonl", same * 40)
     trained(file, out, "--learning-rate", "0.02", "--epochs", "4", "--heldout", "0")
@@ -124,7 +124,7 @@ def test_what_is_chatted_with_is_what_was_trained(tmp_path: Path, out: Path) -> 
     assert chat.stdout == "A\n"
 
 
-def test_metrics_are_in_the_folder_with_a_heldout_loss_from_start_to_end(
+def test_the_folder_has_metrics_with_a_heldout_loss_at_start_and_end(
     chats: Path, out: Path
 ) -> None:
     result = trained(chats, out, "--eval-every", "2", "--logger", "csv")
@@ -140,9 +140,7 @@ def test_metrics_are_in_the_folder_with_a_heldout_loss_from_start_to_end(
     assert config["data"].startswith("48 examples, sha256 ")
 
 
-def test_the_folder_reaches_its_server_and_its_weights_from_a_program(
-    chats: Path, out: Path
-) -> None:
+def test_a_program_can_use_the_server_and_the_weights_of_the_folder(chats: Path, out: Path) -> None:
     path = trained(chats, out)["sampler_path"]
     service, record = recipes.open_service(out)
     with service:
@@ -160,7 +158,7 @@ def test_a_run_that_is_finished_is_not_trained_again(chats: Path, out: Path) -> 
     assert (out / "journal.jsonl").read_bytes() == journal
 
 
-def test_a_finished_run_goes_on_with_more_epochs_if_that_is_accepted(
+def test_a_finished_run_continues_with_more_epochs_if_the_user_accepts(
     chats: Path, out: Path
 ) -> None:
     trained(chats, out)
@@ -198,7 +196,7 @@ def test_texts_and_completions_are_learnt_too(tmp_path: Path) -> None:
 
 
 def interrupting(target: str, after: int = 0) -> Any:
-    """Press Ctrl-C at a call of *target*, after that many calls."""
+    """Press Ctrl-C at the first call of *target* after *after* calls."""
     module, _, name = target.rpartition(".")
     owner: Any = __import__("pkgutil").resolve_name(module)
     original = getattr(owner, name)
@@ -224,14 +222,14 @@ def interrupting(target: str, after: int = 0) -> Any:
         ("tinkex.runs.run.Run.save_for_sampler", 0),  # saving the result
     ],
 )
-def test_a_run_that_was_interrupted_comes_to_the_same_weights(
+def test_an_interrupted_run_arrives_at_the_same_weights(
     chats: Path, out: Path, uninterrupted: Path, target: str, after: int
 ) -> None:
     with interrupting(target, after):
         done = train(chats, out)
     assert done.returncode == 130
     assert done.stdout == ""
-    # Of two lines, because click ends the line in which a terminal shows ^C.
+    # Two lines, because click ends the line in which a terminal shows ^C.
     assert done.stderr.endswith("run the command again to continue.\n\nInterrupted.\n")
     trained(chats, out)
     assert weights_of(out) == weights_of(uninterrupted)
@@ -268,7 +266,7 @@ def test_ctrl_c_while_the_server_computes(chats: Path, out: Path, uninterrupted:
     assert loggers.read_metrics(out) == loggers.read_metrics(uninterrupted)
 
 
-def test_a_full_disk_ends_the_run_and_it_goes_on_once_there_is_room(
+def test_a_full_disk_ends_the_run_which_continues_once_there_is_room(
     chats: Path, out: Path, uninterrupted: Path
 ) -> None:
     from tinkex.local.engines.torch_engine.engine import TorchEngine
@@ -289,7 +287,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_once_there_is_room(
 
 
 def refused(done: Done, *parts: str) -> None:
-    """*done* is one message of an error, with these parts."""
+    """Check that *done* printed a single error message with these parts."""
     assert done.returncode in (1, 2)
     assert done.stdout == ""
     assert done.stderr.count("\nError: ") + done.stderr.startswith("Error: ") == 1
@@ -344,14 +342,16 @@ def test_roles_that_the_template_refuses(tmp_path: Path, out: Path, strict_model
     assert tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n").returncode == 0
 
 
-def test_an_example_with_nothing_left_to_learn(chats: Path, out: Path) -> None:
+def test_an_example_without_tokens_to_learn(chats: Path, out: Path) -> None:
     refused(train(chats, out, "--max-tokens", "4"), "46 of 46 examples", "nothing to learn")
     done = train(chats, out, "--max-tokens", "25")
     assert done.returncode == 0
     assert "longer than 25 tokens were cut" in done.stderr
 
 
-def test_a_heldout_file_that_overlaps(chats: Path, out: Path, tmp_path: Path) -> None:
+def test_a_heldout_file_that_overlaps_the_training_file(
+    chats: Path, out: Path, tmp_path: Path
+) -> None:
     refused(train(chats, out, "--heldout", str(chats)), "all 48 held-out examples are trained on")
     other = write(tmp_path / "other.jsonl", [conversation(index) for index in range(46, 52)])
     done = train(chats, out, "--heldout", str(other))
@@ -398,7 +398,7 @@ def test_changed_settings_are_named_and_the_run_stays_as_it_is(
     assert (out / "journal.jsonl").read_bytes() == begun
 
 
-def test_another_file_is_refused_and_may_be_accepted(
+def test_another_file_is_refused_unless_the_user_accepts_it(
     chats: Path, out: Path, begun: bytes, tmp_path: Path
 ) -> None:
     other = write(tmp_path / "other.jsonl", [conversation(index) for index in range(40)])
@@ -425,9 +425,7 @@ def test_a_file_may_be_moved(chats: Path, out: Path, begun: bytes, tmp_path: Pat
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_options_that_make_no_sense(
-    chats: Path, out: Path, options: List[str], message: str
-) -> None:
+def test_invalid_options(chats: Path, out: Path, options: List[str], message: str) -> None:
     refused(train(chats, out, *options), message)
     assert trained(chats, out)["steps"] == 6
 
@@ -440,7 +438,7 @@ def test_a_folder_that_is_a_file(chats: Path, out: Path) -> None:
         refused(tinkex(*arguments), f"{chats} is not a folder", "Give a run folder: ")
 
 
-def test_a_package_of_a_logger_that_is_missing_is_reported_before_the_model_is_loaded(
+def test_a_missing_package_of_a_logger_is_reported_before_the_model_is_loaded(
     chats: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -476,7 +474,9 @@ def test_a_folder_in_use(chats: Path, out: Path) -> None:
             assert "data-dir" not in done.stderr
 
 
-def test_a_run_of_a_script_with_a_local_server_is_chatted_with(tmp_path: Path, out: Path) -> None:
+def test_chat_opens_a_run_that_a_script_trained_on_a_local_server(
+    tmp_path: Path, out: Path
+) -> None:
     for data_dir in (tmp_path / "data", None):
         given = None if data_dir is None else str(data_dir)
         with library.ServiceClient.local(MODEL, data_dir=given) as service:
@@ -509,5 +509,5 @@ def test_progress_is_written_as_lines_if_stderr_is_no_terminal(
     first, last, end = capsys.readouterr().err.splitlines()
     assert first.startswith("step 1/4: loss 3.000, held-out 3.250, ")
     assert last.startswith("step 4/4: loss 1.000, ")
-    assert "held-out" not in last  # nothing was measured there
+    assert "held-out" not in last  # no held-out loss was measured then
     assert end == "after training: held-out 1.500"

@@ -1,4 +1,4 @@
-"""``--verbose``: what is sent, on stderr, without secrets."""
+"""``--verbose``: logs requests on stderr, without secrets."""
 
 from __future__ import annotations
 

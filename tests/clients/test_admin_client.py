@@ -1,4 +1,4 @@
-"""AdminClient: what it asks for, and what it makes of the answers."""
+"""AdminClient: its requests, and what it makes of the answers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_audit_log_of_a_day(server: ScriptedServer, admin: AdminClient) -> N
     assert (second.event_details, second.model_id) == ({}, None)
 
 
-def test_the_audit_log_may_be_at_another_host_which_gets_no_key(
+def test_the_audit_log_may_be_on_another_host_which_gets_no_key(
     server: ScriptedServer, admin: AdminClient
 ) -> None:
     with ScriptedServer() as storage:
@@ -73,7 +73,7 @@ def test_the_audit_log_may_be_at_another_host_which_gets_no_key(
 @pytest.mark.parametrize(
     "arguments", [("everything",), ("all", "2026-01-02"), ("all", HOUR)], ids=str
 )
-def test_what_cannot_be_asked_of_the_audit_log(admin: AdminClient, arguments: Any) -> None:
+def test_invalid_requests_for_the_audit_log(admin: AdminClient, arguments: Any) -> None:
     with pytest.raises(InvalidInputError):
         admin.get_audit_log(*arguments)
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_asked_of_the_audit_log(admin: AdminClient, arguments: An
     ],
     ids=["aware", "naive and a date", "RFC 3339", "other zones"],
 )
-def test_usage_is_requested_in_hours_of_utc(
+def test_usage_is_requested_in_whole_hours_of_utc(
     server: ScriptedServer, admin: AdminClient, start: Any, end: Any
 ) -> None:
     server.on(USAGE, Answer(body={"data": []}))
@@ -128,7 +128,7 @@ def test_a_wrong_period_of_usage_is_refused_before_anything_is_sent(
     assert server.requests() == []
 
 
-def test_fourteen_days_are_not_too_long(server: ScriptedServer, admin: AdminClient) -> None:
+def test_usage_of_fourteen_days_is_allowed(server: ScriptedServer, admin: AdminClient) -> None:
     server.on(USAGE, Answer(body={"data": []}))
     admin.get_billing_usage(HOUR, HOUR + timedelta(days=14)).result(PATIENCE_S)
 
@@ -184,9 +184,7 @@ def test_usage_of_every_kind(server: ScriptedServer, admin: AdminClient, kind: s
     assert {**raw, **wire} == wire, "and it can be written again"
 
 
-def test_usage_that_makes_no_sense_is_a_typed_error(
-    server: ScriptedServer, admin: AdminClient
-) -> None:
+def test_invalid_usage_data_is_a_typed_error(server: ScriptedServer, admin: AdminClient) -> None:
     event = {"bucket_start": "2026-01-01T00:00:00Z", "bucket_end": "2026-01-01T01:00:00Z"}
     server.on(USAGE, Answer(body={"data": [{**event, "event_info": 5}]}))
     with pytest.raises(ResponseDecodeError, match="billing/usage/events"):
@@ -196,7 +194,7 @@ def test_usage_that_makes_no_sense_is_a_typed_error(
 # Storage
 
 
-def test_storage_of_now(server: ScriptedServer, admin: AdminClient) -> None:
+def test_current_storage(server: ScriptedServer, admin: AdminClient) -> None:
     row = {"checkpoint_count": 3, "size_bytes": 2**31, "size_gigabytes": 2.0, "user_name": "me"}
     server.on(STORAGE, Answer(body={"data": [row], "effective_rate_usd_per_gigabyte_month": 0.31}))
     usage = admin.get_current_checkpoint_storage_usage("p-1").result(PATIENCE_S)
@@ -223,7 +221,7 @@ CALLS = {
 
 @pytest.mark.parametrize("route", CALLS)
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_server_without_it_is_recognized(
+def test_a_server_without_the_routes_is_recognized(
     server: ScriptedServer, admin: AdminClient, route: str, status: int
 ) -> None:
     server.on(route, Answer(status, {"detail": "we do not do that here"}))
@@ -232,7 +230,9 @@ def test_a_server_without_it_is_recognized(
 
 
 @pytest.mark.parametrize("route", CALLS)
-def test_not_everybody_may_see_it(server: ScriptedServer, admin: AdminClient, route: str) -> None:
+def test_a_caller_without_permission_gets_a_typed_error(
+    server: ScriptedServer, admin: AdminClient, route: str
+) -> None:
     server.on(route, Answer(403, {"detail": "admins only"}))
     with pytest.raises(PermissionDeniedError, match="admins only"):
         CALLS[route](admin).result(PATIENCE_S)

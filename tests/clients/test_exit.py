@@ -1,4 +1,4 @@
-"""The end of a program that does not close its client: no hang, no noise, and exit code 0."""
+"""A program that does not close its client ends without hanging, silently, and with exit code 0."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_to_the_end(server: ScriptedServer, samples: int) -> float:
 
 @pytest.fixture
 def routes(server: ScriptedServer) -> TinkerRoutes:
-    """Each sampler's first sample is done immediately, the others never are."""
+    """Each sampler's first sample is done immediately, the others never."""
     made = TinkerRoutes(server)
     made.serve("client/config", Answer(body={"sample_use_retrieve_futures": True}))
     made.serve("retrieve_futures", tell_of_the_first)
@@ -71,13 +71,17 @@ def reports(server: ScriptedServer) -> Any:
     return [body["retrieved_request_ids"] for body in bodies if body.get("timeout") == 0.0]
 
 
-def test_with_hundreds_of_samples_in_flight(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_a_program_ends_with_hundreds_of_samples_in_flight(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     took_s = run_to_the_end(server, 300)
-    assert took_s < PATIENCE_S  # an interpreter's start, and no long poll
+    assert took_s < PATIENCE_S  # time to start an interpreter, but not for a long poll
     assert [f["reason"] for f in routes.finished] == [{"type": "success"}]
 
 
-def test_what_was_fetched_is_reported_at_exit(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_fetched_results_are_acknowledged_at_exit(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     run_to_the_end(server, 0)
     assert reports(server) == [["asample-0"]]
     order = [r.path.rpartition("/")[2] for r in server.requests()]

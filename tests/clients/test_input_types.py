@@ -1,4 +1,4 @@
-"""What programs hand over, through the public clients and a real server."""
+"""The values that programs pass, through the public clients and a real server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def losses(futures: List[APIFuture[T.ForwardBackwardOutput]]) -> List[float]:
 
 
 @pytest.mark.parametrize("name", ["advantages", "logprobs"])
-def test_a_loss_input_counts_as_it_was_when_the_call_returned(
+def test_loss_inputs_are_copied_before_the_call_returns(
     trainer: tinkex.TrainingClient, name: str
 ) -> None:
     def forward(values: Any) -> APIFuture[T.ForwardBackwardOutput]:
@@ -50,7 +50,7 @@ def test_a_loss_input_counts_as_it_was_when_the_call_returned(
     assert len(set(want)) == 3
 
 
-def test_one_datum_may_be_used_again_with_other_inputs(trainer: tinkex.TrainingClient) -> None:
+def test_a_datum_may_be_reused_with_other_inputs(trainer: tinkex.TrainingClient) -> None:
     def made(weight: float) -> T.Datum:
         return T.Datum(PROMPT, {"target_tokens": [2, 3, 4], "weights": [weight] * 3})
 
@@ -61,14 +61,14 @@ def test_one_datum_may_be_used_again_with_other_inputs(trainer: tinkex.TrainingC
     futures.append(trainer.forward([datum], "cross_entropy"))
     datum.loss_fn_inputs["weights"] = T.TensorData([3.0] * 3)
     futures.append(trainer.forward([datum], "cross_entropy"))
-    datum.loss_fn_inputs["weights"].to_numpy()[:] = 9.0  # an array of the caller's own
+    datum.loss_fn_inputs["weights"].to_numpy()[:] = 9.0  # the caller's own array
     datum.loss_fn_inputs["weights"] = np.float32([4.0] * 3)  # type: ignore[assignment]
     futures.append(trainer.forward([datum], "cross_entropy"))
     datum.loss_fn_inputs.clear()
     assert losses(futures) == want
 
 
-def test_prompts_count_as_they_were_when_the_call_returned(
+def test_prompts_are_copied_before_the_call_returns(
     sampler: tinkex.SamplingClient,
 ) -> None:
     rows = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
@@ -118,7 +118,7 @@ def test_a_batch_is_sent_as_it_was_when_the_call_returned(
 
 
 @pytest.mark.parametrize("number", [np.int64, np.array, np.float64], ids=lambda kind: kind.__name__)
-def test_numbers_may_be_numpys_wherever_one_goes(
+def test_numpy_numbers_are_accepted_wherever_numbers_are(
     service: ServiceClient,
     trainer: tinkex.TrainingClient,
     sampler: tinkex.SamplingClient,
@@ -149,7 +149,7 @@ def test_numbers_may_be_numpys_wherever_one_goes(
         other.close(timeout_s=number(2))
 
 
-def test_the_steps_of_text_and_of_numbers_are_the_same(service: ServiceClient) -> None:
+def test_a_step_may_be_given_as_text_or_as_a_number(service: ServiceClient) -> None:
     results = []
     for rate in (0.01, "1e-2"):
         trainer = service.create_lora_training_client("deterministic", rank=8, seed=1)
@@ -161,9 +161,7 @@ def test_the_steps_of_text_and_of_numbers_are_the_same(service: ServiceClient) -
 
 
 @pytest.mark.parametrize("timeout", ["5", [5], True])
-def test_a_timeout_of_something_else_is_refused(
-    sampler: tinkex.SamplingClient, timeout: Any
-) -> None:
+def test_a_timeout_of_another_type_is_refused(sampler: tinkex.SamplingClient, timeout: Any) -> None:
     future = sampler.sample(PROMPT, 1, T.SamplingParams(max_tokens=1))
     with pytest.raises(InvalidInputError, match="timeout is"):
         future.result(timeout)
@@ -173,7 +171,7 @@ def test_a_timeout_of_something_else_is_refused(
 # ---- Paths and names from files ----
 
 
-def test_a_path_from_a_file_may_end_its_line(
+def test_a_path_read_from_a_file_may_end_with_a_newline(
     service: ServiceClient, trainer: tinkex.TrainingClient, tmp_path: Path
 ) -> None:
     path = trainer.save_state("mid\n").result(30).path
@@ -193,7 +191,7 @@ def test_a_path_from_a_file_may_end_its_line(
         trainer.load_state(path.replace("mid", "m\nid"))
 
 
-def test_a_download_may_go_to_the_home_folder(
+def test_a_download_destination_may_begin_with_a_tilde(
     service: ServiceClient,
     trainer: tinkex.TrainingClient,
     tmp_path: Path,
@@ -211,7 +209,7 @@ def test_a_download_may_go_to_the_home_folder(
         rest.download_checkpoint(path, "~/weights", overwrite="perhaps")  # type: ignore[arg-type]
 
 
-def test_the_data_of_a_server_may_lie_in_the_home_folder(
+def test_the_data_folder_of_a_server_may_begin_with_a_tilde(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -220,7 +218,7 @@ def test_the_data_of_a_server_may_lie_in_the_home_folder(
         assert (tmp_path / "tinkex" / "tinkex.sqlite3").exists()
 
 
-def test_overwrite_may_be_a_word(trainer: tinkex.TrainingClient) -> None:
+def test_overwrite_may_be_given_as_a_word(trainer: tinkex.TrainingClient) -> None:
     trainer.save_state("mid").result(30)
     trainer.save_state("mid", overwrite="true").result(30)  # type: ignore[arg-type]
     future = trainer.save_state("mid", overwrite="false")  # type: ignore[arg-type]
@@ -232,7 +230,9 @@ def test_overwrite_may_be_a_word(trainer: tinkex.TrainingClient) -> None:
 # ---- Wrong objects ----
 
 
-def test_a_forgotten_result_is_named(sampler: tinkex.SamplingClient) -> None:
+def test_using_a_future_as_its_result_names_the_missing_call(
+    sampler: tinkex.SamplingClient,
+) -> None:
     future: Any = sampler.sample(PROMPT, 1, T.SamplingParams(max_tokens=1))
     for use in (
         lambda: future.sequences,
@@ -248,12 +248,12 @@ def test_a_forgotten_result_is_named(sampler: tinkex.SamplingClient) -> None:
     future.result(30)
 
 
-def test_a_future_that_was_never_made_has_no_attributes() -> None:
+def test_an_uninitialized_future_has_no_attributes() -> None:
     with pytest.raises(AttributeError):
         _ = copy.copy(object.__new__(APIFuture)).sequences
 
 
-def test_a_name_is_no_path_of_a_checkpoint(service: ServiceClient) -> None:
+def test_a_model_name_in_place_of_a_checkpoint_path_gets_a_hint(service: ServiceClient) -> None:
     with pytest.raises(InvalidInputError) as caught:
         service.create_sampling_client("deterministic")
     assert "base_model='deterministic'" in str(caught.value.hint)
@@ -275,7 +275,7 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(
 
 
 @pytest.mark.parametrize("scheme", ["Http", "HTTP"])
-def test_a_scheme_in_capitals_is_the_same(local: LocalServer, scheme: str) -> None:
+def test_the_scheme_of_a_url_may_be_in_capitals(local: LocalServer, scheme: str) -> None:
     with ServiceClient(base_url=local.url.replace("http", scheme)) as service:
         sampler = service.create_sampling_client(base_model="deterministic")
         sampler.sample(PROMPT, 1, T.SamplingParams(max_tokens=1)).result(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a program waits: it ends immediately, with nothing but its own traceback."""
+"""Ctrl-C while a program waits ends it immediately, with nothing but its own traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tinkex
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
-#: Waits that are bounded by seconds last a minute: then they cannot pass for a busy machine.
+#: Waits with a limit of some seconds get a minute, so that they cannot be taken for a slow machine.
 PATIENT = """
 from tinkex import ServiceClient
 from tinkex._runtime import lifecycle
@@ -74,7 +74,7 @@ def run_until_waiting(script: str, *arguments: str) -> subprocess.Popen[str]:
 def interrupt(process: subprocess.Popen[str]) -> str:
     """Send SIGINT; return what the program wrote to stderr on its way out.
 
-    Nothing is waited for; the time is the interpreter's own, on a busy machine.
+    The program should wait for nothing; the time allows for the interpreter on a busy machine.
     """
     try:
         with promptly():
@@ -94,7 +94,7 @@ def assert_only_a_traceback(errors: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["with", "bare"])
-def test_during_result(server: ScriptedServer, style: str) -> None:
+def test_ctrl_c_during_result(server: ScriptedServer, style: str) -> None:
     routes = TinkerRoutes(server)
     routes.serve("retrieve_future", routes.retrieve, Answer(hold=None, drop=True))
     polled = "POST /api/v1/retrieve_future"
@@ -105,11 +105,11 @@ def test_during_result(server: ScriptedServer, style: str) -> None:
     assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
 
 
-def test_during_construction(server: ScriptedServer) -> None:
+def test_ctrl_c_during_construction(server: ScriptedServer) -> None:
     server.on("POST /api/v1/create_session", Answer(503))
     process = run_until_waiting(CONSTRUCT, server.url)
     server.wait_for("POST /api/v1/create_session")
-    # A session that may still arrive is waited for, a second at most.
+    # The client waits at most a second for a session that may still arrive.
     assert_only_a_traceback(interrupt(process))
 
 
@@ -130,7 +130,7 @@ futures[0].result()
 
 
 @pytest.mark.parametrize("style", ["with", "bare"])
-def test_while_hundreds_of_samples_wait_through_the_batch_poller(
+def test_ctrl_c_while_hundreds_of_samples_wait_in_the_batch_poller(
     server: ScriptedServer, style: str
 ) -> None:
     routes = TinkerRoutes(server)
@@ -160,7 +160,7 @@ futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(3)]
 """
 
 
-def test_while_the_only_thread_waits_for_itself_to_read(server: ScriptedServer) -> None:
+def test_ctrl_c_while_the_only_thread_waits_for_itself_to_read(server: ScriptedServer) -> None:
     routes = TinkerRoutes(server)
     process = run_until_waiting(UNREAD, server.url)
     assert_only_a_traceback(interrupt(process))
@@ -182,7 +182,7 @@ threading.Event().wait()
 """
 
 
-def test_although_source_text_is_executed_on_the_way_out(server: ScriptedServer) -> None:
+def test_ctrl_c_although_source_text_is_executed_at_exit(server: ScriptedServer) -> None:
     TinkerRoutes(server)
     process = run_until_waiting(COMPILE, server.url)
     assert_only_a_traceback(interrupt(process))

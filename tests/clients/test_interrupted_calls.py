@@ -1,4 +1,4 @@
-"""Ctrl-C at every point of a call where CPython looks for signals: nothing is left behind."""
+"""Ctrl-C at every point of a call where CPython checks for signals: nothing is leaked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ ADAM = types.AdamParams()
 
 
 class Points:
-    """The points of a function, in tinkex's own code.
+    """The points in tinkex's own code where a call of a function can be interrupted.
 
-    They are at the entry of a function, after a call of a C function, and at the end of a loop.
+    CPython checks for signals at the entry of a function, after a call of a C function, and at the
+    end of a loop.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Points:
         self.where = ""
 
     def interrupt(self, number: int, function: Callable[[], object]) -> bool:
-        """Call *function* with a KeyboardInterrupt at its point *number*; False if it has less."""
+        """Interrupt a call of *function* at its point *number*; return False if it has fewer."""
         self._left, before = number, sys.gettrace()
         sys.settrace(self._enter)
         try:
@@ -57,7 +58,7 @@ class Points:
         def step(frame: FrameType, event: str, arg: Any) -> Any:
             nonlocal last, calls
             if event == "opcode":
-                # A function of Python returns to its caller without a look at signals.
+                # A Python function returns to its caller without a check for signals.
                 in_c = last.startswith("CALL") and calls == self._calls
                 looks = in_c or last in ("RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
                 last, calls = opcodes.get(frame.f_lasti, ""), self._calls
@@ -77,7 +78,9 @@ def ensure_clean(client: ServiceClient, where: str) -> None:
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces")
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="it does not trace all opcodes")
-def test_a_call_may_be_interrupted_anywhere(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_a_call_may_be_interrupted_at_any_point(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     with ServiceClient(base_url=server.url, budget=Budget(tokens=10**6)) as client:
         limits = RetryConfig(max_connections=1)
         sampler = client.create_sampling_client(base_model="base", retry_config=limits)
@@ -94,6 +97,6 @@ def test_a_call_may_be_interrupted_anywhere(server: ScriptedServer, routes: Tink
             points, number = Points(), 1
             while points.interrupt(number, call):
                 ensure_clean(client, points.where)
-                assert call().result(PATIENCE_S)  # no place, number or thread was lost
+                assert call().result(PATIENCE_S)  # no slot, number or thread was lost
                 number += 1
             assert number > 50

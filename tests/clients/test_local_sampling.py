@@ -23,7 +23,7 @@ PARAMS = types.SamplingParams(max_tokens=4, seed=1)
 
 
 class Engine(DeterministicEngine):
-    """Samples only while it is let."""
+    """Samples only while the test lets it."""
 
     def __init__(self) -> None:
         super().__init__(vocab_size=1000, context_length=64)
@@ -46,7 +46,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def hosted(engine: Engine) -> Iterator[LocalServer]:
-    """A server with the flags that the hosted service may set."""
+    """A server with flags that the hosted service may set."""
     settings = dataclasses.replace(
         ServerSettings(),
         flags=ClientFlags(sample_join_sampling_session=True),
@@ -73,7 +73,7 @@ def events(hosted: LocalServer) -> List[Dict[str, Any]]:
     return found
 
 
-def test_all_that_can_be_asked_of_a_prompt(client: ServiceClient) -> None:
+def test_all_logprobs_that_can_be_requested_of_a_prompt(client: ServiceClient) -> None:
     sampler = client.create_sampling_client(
         base_model="deterministic", retry_config=RetryConfig(), record_stability_info=True
     )
@@ -94,7 +94,7 @@ def test_all_that_can_be_asked_of_a_prompt(client: ServiceClient) -> None:
     found = response.target_prompt_logprobs
     assert found is not None
     assert found.shape == (3, 2)
-    assert found.to_numpy()[:, 0].tolist() == logprobs[1:]  # of the prompt's own tokens
+    assert found.to_numpy()[:, 0].tolist() == logprobs[1:]  # the prompt's own tokens
     assert response.topk_prompt_logprobs is not None
     assert [row and len(row) for row in response.topk_prompt_logprobs] == [None, 3, 3, 3]
     draws = response.prompt_alt_tokens
@@ -112,7 +112,7 @@ def test_the_last_logprobs_alone(client: ServiceClient) -> None:
     assert sampler.compute_logprobs(PROMPT, 2).result(PATIENCE_S) == [None, None, *response[2:]]
 
 
-def test_sparse_targets_come_back_sparse(client: ServiceClient) -> None:
+def test_logprobs_of_sparse_targets_are_sparse(client: ServiceClient) -> None:
     sampler = client.create_sampling_client(base_model="deterministic")
     response = sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
     sparse = types.TensorData([17, 3], "int64", (3, 8), [0, 1, 1, 2], [6, 0])
@@ -124,12 +124,14 @@ def test_sparse_targets_come_back_sparse(client: ServiceClient) -> None:
     assert np.count_nonzero(dense) == 2
 
 
-def test_a_clone_is_given_its_own_numbers(client: ServiceClient, hosted: LocalServer) -> None:
+def test_a_clone_gets_a_range_of_numbers_of_its_own(
+    client: ServiceClient, hosted: LocalServer
+) -> None:
     original = client.create_sampling_client(base_model="deterministic")
     clones = [SamplingClient.from_sampler_handle(original.get_sampler_handle()) for _ in range(3)]
     drawn = [c.sample(PROMPT, 1, PARAMS) for c in (original, *clones) for _ in range(2)]
     tokens = [future.result(PATIENCE_S).sequences[0].tokens for future in drawn]
-    assert len({tuple(sequence) for sequence in tokens}) == 1  # none took another's number
+    assert len({tuple(sequence) for sequence in tokens}) == 1  # no client took another's number
 
 
 def test_a_cancelled_sample_is_cancelled_on_the_server(
@@ -150,7 +152,7 @@ def test_a_cancelled_sample_is_cancelled_on_the_server(
     assert sampler.sample(PROMPT, 1, PARAMS).result(PATIENCE_S).sequences
 
 
-def test_what_the_reporter_sends_is_what_a_server_takes(
+def test_the_embedded_server_accepts_the_telemetry_of_the_client(
     client: ServiceClient, hosted: LocalServer
 ) -> None:
     sampler = client.create_sampling_client(base_model="deterministic")
@@ -161,5 +163,5 @@ def test_what_the_reporter_sends_is_what_a_server_takes(
     assert [e["event"] for e in found] == ["SESSION_START", "GENERIC_EVENT", "SESSION_END"]
     assert {e["session_id"] for e in found} == {client.session_id}
     assert found[1]["event_name"] == "user_error"
-    # Not of the entire event: ids and timestamps may hold these digits by chance.
+    # Don't search the whole event: ids and timestamps may contain these digits by chance.
     assert "5000" not in repr([event.get("event_data") for event in found])

@@ -1,4 +1,4 @@
-"""ServiceClient with everything behind it: the embedded server in this process."""
+"""ServiceClient with the embedded server in this process, end to end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_local_starts_a_server_and_stops_it(caplog: pytest.LogCaptureFixture) ->
         ServiceClient(base_url=url, startup_timeout_s=0.2)
 
 
-def test_local_reports_what_takes_long(
+def test_local_reports_slow_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(model: str, device: str, *, progress: Callable[[str], None]) -> DeterministicEngine:
@@ -85,17 +85,17 @@ def test_local_with_a_wrong_setting_leaves_no_server() -> None:
     assert [t for t in threading.enumerate() if t not in before and "server" in t.name] == []
 
 
-def test_local_with_data_it_cannot_use(tmp_path: Any) -> None:
+def test_local_with_an_unusable_data_folder(tmp_path: Any) -> None:
     taken = tmp_path / "a-file"
     taken.write_text("not a folder")
     with pytest.raises(LocalServerError, match="a-file"):
         ServiceClient.local("deterministic", data_dir=str(taken))
 
 
-def test_a_script_of_the_official_sdk_runs_under_the_other_name(local: LocalServer) -> None:
+def test_a_script_for_the_official_sdk_runs_with_the_import_changed(local: LocalServer) -> None:
     tinker = importlib.import_module("tinkex")
     service = tinker.ServiceClient(base_url=local.url)
-    # The newer style: what creators return has a result.
+    # The newer style: calling result() on what creators return.
     trainer = service.create_lora_training_client(base_model="deterministic", rank=8).result()
     data = [
         tinker.Datum(
@@ -110,7 +110,7 @@ def test_a_script_of_the_official_sdk_runs_under_the_other_name(local: LocalServ
     optim = trainer.optim_step(tinker.AdamParams(learning_rate=1e-3))
     assert forward_backward.result().loss_fn_outputs[0]["logprobs"].to_numpy().shape == (3,)
     assert optim.result().metrics
-    # The older style: it is the client itself.
+    # The older style: creators return the client itself.
     sampler = trainer.save_weights_and_get_sampling_client(name="final")
     params = tinker.types.SamplingParams(max_tokens=4, temperature=0.0)
     response = sampler.sample(
@@ -196,7 +196,7 @@ def test_all_creators_have_twins_that_return_futures(
     assert kinds == ["SamplingClient"] * 4 + ["TrainingClient"] * 3
 
 
-def test_inflight_lists_what_is_outstanding(
+def test_inflight_lists_unfinished_requests(
     scripted: ServiceClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     trainer = scripted.create_lora_training_client("base")
@@ -236,7 +236,7 @@ def test_a_client_given_both_config_and_settings(service: ServiceClient) -> None
         ServiceClient(config=service.config, api_key="k")
 
 
-def test_a_session_that_the_server_ended_is_reported_with_the_way_on(
+def test_a_session_that_the_server_ended_is_reported_with_the_remedy(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, heartbeat_interval_s=0.02) as service:
@@ -253,7 +253,7 @@ def test_a_session_that_the_server_ended_is_reported_with_the_way_on(
     assert isinstance(caught.value.__cause__, APIStatusError)
 
 
-def test_a_closed_service_refuses_everything_by_name(service: ServiceClient) -> None:
+def test_a_closed_service_refuses_every_call_and_names_itself(service: ServiceClient) -> None:
     service.close()
     for call in (
         lambda: service.create_lora_training_client("deterministic"),

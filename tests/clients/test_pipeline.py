@@ -1,4 +1,4 @@
-"""TrainingClient.pipeline: what is under way when, and what becomes of it when it ends early."""
+"""TrainingClient.pipeline: which steps are in flight, and what an early end does to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch(index: int) -> List[types.Datum]:
 
 
 class Batches:
-    """Batches without end, and how many were taken."""
+    """An endless iterator of batches that counts how many were taken."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -52,7 +52,7 @@ def run(scripted: ServiceClient) -> TrainingClient:
     return scripted.create_lora_training_client("base")
 
 
-def test_it_trains_like_single_steps(service: ServiceClient) -> None:
+def test_a_pipeline_trains_like_single_steps(service: ServiceClient) -> None:
     first = service.create_lora_training_client("deterministic", rank=4, seed=1)
     second = service.create_lora_training_client("deterministic", rank=4, seed=1)
     piped = list(first.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3))
@@ -77,7 +77,7 @@ def test_a_batch_of_lists_is_trained_on_in_several_passes(service: ServiceClient
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_so_many_steps_are_under_way(
+def test_depth_is_the_number_of_steps_in_flight(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient, depth: int
 ) -> None:
     batches = Batches()
@@ -98,12 +98,12 @@ def test_so_many_steps_are_under_way(
     pipeline.close()
 
 
-def test_the_next_step_is_sent_before_one_is_waited_for(
+def test_the_next_step_is_sent_before_the_current_one_is_awaited(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
 ) -> None:
     def poll(received: Received) -> Answer:
         if received.json()["request_id"].startswith("forward_backward"):
-            server.wait_for(PASS, 2)  # fails, and breaks the poll off, if it does not come
+            server.wait_for(PASS, 2)  # fails, and ends the poll, if the pass does not arrive
         return routes.retrieve(received)
 
     routes.serve("retrieve_future", poll)
@@ -111,7 +111,9 @@ def test_the_next_step_is_sent_before_one_is_waited_for(
     assert [step.index for step in pipeline] == [0, 1]
 
 
-def test_a_schedule(run: TrainingClient, routes: TinkerRoutes) -> None:
+def test_a_schedule_sets_the_learning_rate_of_each_step(
+    run: TrainingClient, routes: TinkerRoutes
+) -> None:
     rates = [0.3, 0.2, 0.1]
     list(
         run.pipeline(
@@ -124,7 +126,7 @@ def test_a_schedule(run: TrainingClient, routes: TinkerRoutes) -> None:
     assert sent == rates
 
 
-def test_a_failure_ends_it_and_names_the_step(
+def test_a_failure_ends_the_pipeline_and_names_the_step(
     server: ScriptedServer,
     routes: TinkerRoutes,
     run: TrainingClient,
@@ -133,7 +135,7 @@ def test_a_failure_ends_it_and_names_the_step(
     batches = Batches()
     pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=2)
     next(pipeline)
-    server.wait_for(PASS, 2)  # step 1 is accepted as it was
+    server.wait_for(PASS, 2)  # step 1 has been accepted
     routes.serve(
         "forward_backward",
         lambda received: routes.accepted(
@@ -150,7 +152,7 @@ def test_a_failure_ends_it_and_names_the_step(
     assert "the pipeline stops: RequestFailedError" in caplog.text
 
 
-def test_what_was_not_sent_is_cancelled(
+def test_after_a_failure_unsent_requests_are_cancelled(
     server: ScriptedServer,
     scripted: ServiceClient,
     routes: TinkerRoutes,
@@ -164,7 +166,7 @@ def test_what_was_not_sent_is_cancelled(
         first = next(passes, None)
         if first is not None:
             return first(received)
-        # Step 1 stays in the lane's hands.
+        # The lane's thread is held while it sends step 1.
         return dataclasses.replace(routes.accept_pass(received), hold=let_go)
 
     routes.serve("forward_backward", accept_pass)
@@ -178,7 +180,7 @@ def test_what_was_not_sent_is_cancelled(
     pipeline = run.pipeline(Batches(), "cross_entropy", ADAM, depth=3)
     with pytest.raises(RequestFailedError, match="step 0"):
         next(pipeline)
-    # Of step 1 the pass was sent, its optimizer step will be, and nothing of step 2.
+    # Step 1's pass was sent and its optimizer step will be; nothing of step 2 is sent.
     wait_until(
         lambda: (
             sorted(future.kind for future in scripted.inflight())
@@ -192,7 +194,7 @@ def test_what_was_not_sent_is_cancelled(
     assert len(server.requests(STEP)) == 2
 
 
-def test_an_interrupted_step_can_be_waited_for(
+def test_after_an_interrupt_the_steps_in_flight_can_be_drained(
     server: ScriptedServer,
     routes: TinkerRoutes,
     run: TrainingClient,
@@ -228,7 +230,7 @@ def test_a_batch_that_is_being_cut_gets_its_optimizer_step(
 
     with ServiceClient(base_url=server.url) as client:
         run = client.create_lora_training_client("base")
-        routes.serve("client/config", config)  # by it the lane's thread cuts the batch
+        routes.serve("client/config", config)  # the lane's thread needs it to cut the batch
         pipeline = run.pipeline(
             [batch(0) + batch(1), interrupting(asked)], "cross_entropy", ADAM, depth=2
         )
@@ -241,7 +243,7 @@ def test_a_batch_that_is_being_cut_gets_its_optimizer_step(
 
 
 def interrupting(event: threading.Event) -> Iterator[types.Datum]:
-    """A batch that is interrupted, as by Ctrl-C, once *event* is set."""
+    """A batch whose iteration is interrupted, as by Ctrl-C, once *event* is set."""
     assert event.wait(PATIENCE_S)
     raise KeyboardInterrupt
     yield
@@ -259,7 +261,7 @@ def test_drain_raises_the_first_failure(routes: TinkerRoutes, run: TrainingClien
         pipeline.drain()
 
 
-def test_a_block_that_is_left_reports_what_was_sent(
+def test_leaving_the_block_reports_the_steps_that_were_sent(
     server: ScriptedServer, run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with run.pipeline(Batches(), "cross_entropy", ADAM, depth=2) as pipeline:
@@ -270,7 +272,7 @@ def test_a_block_that_is_left_reports_what_was_sent(
     assert list(pipeline) == []
 
 
-def test_a_pass_goes_with_its_optimizer_step_or_not_at_all(
+def test_a_pass_is_sent_with_its_optimizer_step_or_not_at_all(
     routes: TinkerRoutes, run: TrainingClient
 ) -> None:
     def schedule(index: int) -> Any:
@@ -281,7 +283,7 @@ def test_a_pass_goes_with_its_optimizer_step_or_not_at_all(
     assert len(routes.submitted("forward_backward")) <= 1
 
 
-def test_batches_that_fail_to_come(run: TrainingClient) -> None:
+def test_batches_whose_iterator_fails(run: TrainingClient) -> None:
     def broken() -> Iterator[List[types.Datum]]:
         yield batch(0)
         raise OSError("the disk is gone")
@@ -298,12 +300,12 @@ def test_bad_depths(run: TrainingClient, depth: Any) -> None:
         run.pipeline([], "cross_entropy", ADAM, depth=depth)
 
 
-def test_settings_are_not_for_losses_of_ones_own(run: TrainingClient) -> None:
+def test_a_custom_loss_takes_no_settings(run: TrainingClient) -> None:
     with pytest.raises(InvalidInputError, match="loss_fn_config"):
         run.pipeline([], lambda data, logprobs: (0, {}), ADAM, {"a": 1.0})  # type: ignore[arg-type, return-value]
 
 
-def test_a_loss_of_ones_own(service: ServiceClient) -> None:
+def test_a_pipeline_with_a_custom_loss(service: ServiceClient) -> None:
     pytest.importorskip("torch")
     run = service.create_lora_training_client("deterministic", rank=4)
 
@@ -314,7 +316,7 @@ def test_a_loss_of_ones_own(service: ServiceClient) -> None:
     assert [step.metrics["custom"] for step in steps] == [1.0, 1.0]
 
 
-def test_of_a_closed_client(scripted: ServiceClient, run: TrainingClient) -> None:
+def test_a_pipeline_of_a_closed_client(scripted: ServiceClient, run: TrainingClient) -> None:
     pipeline = run.pipeline(Batches(), "cross_entropy", ADAM)
     assert isinstance(pipeline, Pipeline)
     next(pipeline)
@@ -335,7 +337,7 @@ def loss_of(service: ServiceClient, path: str) -> float:
 
 @pytest.mark.parametrize("save_after", [3, lambda index: index == 2], ids=["every", "function"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_a_checkpoint_of_a_step_holds_no_later_step(
+def test_a_checkpoint_of_a_step_contains_no_later_step(
     service: ServiceClient, depth: int, save_after: Any
 ) -> None:
     run = service.create_lora_training_client("deterministic", rank=4)
@@ -349,12 +351,12 @@ def test_a_checkpoint_of_a_step_holds_no_later_step(
             sampled = step.save_weights_for_sampler("exact").result(PATIENCE_S)
             assert "exact" in sampled.path
     assert [step_loss < before for before, step_loss in zip(losses, losses[1:])] == [True] * 7
-    # The pass of step 3 is the first with the weights after step 2.
+    # Step 3's pass is the first with the weights after step 2.
     assert loss_of(service, saved[0]) == losses[3]
 
 
 @pytest.mark.parametrize("depth", [2, 4])
-def test_the_pipeline_is_full_again_after_a_step_that_is_saved(
+def test_the_pipeline_fills_up_again_after_a_saved_step(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient, depth: int
 ) -> None:
     batches = Batches()
@@ -372,7 +374,7 @@ def test_the_pipeline_is_full_again_after_a_step_that_is_saved(
     assert work == [*["forward_backward", "optim_step"] * 4, "save_weights"] * 2
 
 
-def test_a_checkpoint_that_would_hold_later_steps_is_refused(
+def test_a_checkpoint_that_would_contain_later_steps_is_refused(
     run: TrainingClient, routes: TinkerRoutes
 ) -> None:
     pipeline = run.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3)
@@ -397,7 +399,7 @@ def test_a_checkpoint_that_would_hold_later_steps_is_refused(
 
 
 @pytest.mark.parametrize("change", ["optim_step", "train_step", "load_state", "pipeline"])
-def test_a_step_is_not_saved_after_the_run_went_on_otherwise(
+def test_a_step_cannot_be_saved_after_other_training_of_the_run(
     run: TrainingClient, routes: TinkerRoutes, change: str
 ) -> None:
     (step,) = run.pipeline([batch(0)], "cross_entropy", ADAM, save_after=1)
@@ -439,7 +441,7 @@ def test_the_pipeline_saves_exactly_after_a_step(service: ServiceClient, depth: 
     steps = [*run.pipeline([batch(0)] * 9, "cross_entropy", ADAM, depth=depth, save_every=3)]
     losses = [step.metrics["loss:sum"] for step in steps]
     assert [step_loss < before for before, step_loss in zip(losses, losses[1:])] == [True] * 8
-    for index in (2, 5):  # the pass of the next step is the first with the weights after it
+    for index in (2, 5):  # the next step's pass is the first with the weights after this step
         path = steps[index].save_state().result(PATIENCE_S).path
         assert path.endswith(f"/weights/step-{index + 1}")
         assert loss_of(service, path) == losses[index + 1]
@@ -448,7 +450,7 @@ def test_the_pipeline_saves_exactly_after_a_step(service: ServiceClient, depth: 
         steps[3].save_state()
 
 
-def test_a_step_that_is_saved_does_not_hold_up_the_next(
+def test_saving_a_step_does_not_delay_the_next(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
 ) -> None:
     batches = Batches()
@@ -477,7 +479,7 @@ def test_a_function_names_the_steps_to_save(routes: TinkerRoutes, run: TrainingC
     assert (sent["path"], sent["ttl_seconds"]) == ("last", 60)
 
 
-def test_the_checkpoint_of_a_step_that_was_not_sent_is_cancelled(
+def test_the_checkpoint_of_an_unsent_step_is_cancelled(
     server: ScriptedServer, scripted: ServiceClient, routes: TinkerRoutes, run: TrainingClient
 ) -> None:
     let_go = threading.Event()
@@ -528,7 +530,7 @@ def test_bad_steps_to_save(run: TrainingClient, argument: str, steps: Any) -> No
 # A single step
 
 
-def test_no_optimizer_step_without_its_pass(
+def test_no_optimizer_step_is_sent_without_its_pass(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
 ) -> None:
     routes.serve("forward_backward", Answer(400, {"detail": "no such luck"}))
@@ -541,9 +543,7 @@ def test_no_optimizer_step_without_its_pass(
     assert len(server.requests(STEP)) == 1
 
 
-def test_a_step_takes_one_place_among_unread_futures(
-    server: ScriptedServer, routes: TinkerRoutes
-) -> None:
+def test_a_step_counts_as_one_unread_future(server: ScriptedServer, routes: TinkerRoutes) -> None:
     with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as client:
         run = client.create_lora_training_client("base")
         assert run.train_step(batch(0), "cross_entropy", ADAM).optim.metrics
@@ -556,7 +556,7 @@ def test_a_step_takes_one_place_among_unread_futures(
     assert len(server.requests(PASS)) == 5
 
 
-def test_an_interrupted_step_that_was_not_sent_is_cancelled(
+def test_an_interrupted_unsent_step_is_cancelled(
     server: ScriptedServer,
     scripted: ServiceClient,
     routes: TinkerRoutes,
@@ -580,7 +580,7 @@ def test_an_interrupted_step_that_was_not_sent_is_cancelled(
     assert server.requests(PASS) == server.requests(STEP) == []
 
 
-def test_what_cannot_be_queued_is_not_in_flight(
+def test_a_step_that_cannot_be_queued_is_not_in_flight(
     scripted: ServiceClient, run: TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(task: Any) -> None:

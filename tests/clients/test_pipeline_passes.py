@@ -1,4 +1,4 @@
-"""A pipeline step of several passes: all of its gradients go into one update, or none does."""
+"""A pipeline step of several passes: all of their gradients go into one update, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAM = types.AdamParams(learning_rate=0.01)
 
 
 def batch(first: int) -> List[types.Datum]:
-    """One datum; of a first token of 40000 the server refuses it."""
+    """A batch of one datum, which the server refuses if its first token is 40000."""
     inputs = {"target_tokens": np.array([1, 2]), "weights": [1.0, 1.0]}
     return [types.Datum(types.ModelInput.from_ints([first, 1]), inputs)]
 
@@ -40,13 +40,13 @@ def run(fake: FakeServer) -> Iterator[TrainingClient]:
 
 
 def trained(journal: Journal, run: TrainingClient) -> List[str]:
-    """What the server executed of the run, once what was queued before is settled."""
+    """Return the run's requests that the server executed, once all queued requests are settled."""
     run.save_state("after").result()
     return [what for what in journal.executed(run) if what not in ("create", "save")]
 
 
 @pytest.mark.parametrize("passes", [[BAD, batch(3)], [BAD, batch(3), batch(5)]])
-def test_a_refused_first_pass_leaves_nothing_to_step_on(
+def test_after_a_refused_first_pass_no_optimizer_step_is_sent(
     fake: FakeServer, run: TrainingClient, passes: Any
 ) -> None:
     with pytest.raises(BadRequestError, match="step 0"):
@@ -64,7 +64,9 @@ def test_the_next_step_does_not_take_the_gradient_of_half_a_step(
     assert trained(fake.journal, run) == ["forward_backward"]
 
 
-def test_after_half_a_step_only_its_rest_is_accepted(fake: FakeServer, run: TrainingClient) -> None:
+def test_after_half_a_step_only_the_rest_of_it_is_accepted(
+    fake: FakeServer, run: TrainingClient
+) -> None:
     with pytest.raises(IncompleteGradientError):
         next(run.pipeline([[batch(3), BAD]], "cross_entropy", ADAM, depth=1))
     with pytest.raises(IncompleteGradientError, match="1 of 2 parts"):
@@ -92,7 +94,7 @@ def test_a_step_is_checked_before_its_first_pass_is_sent(
     assert trained(fake.journal, run) == []
 
 
-def test_passes_are_requests_of_their_own(fake: FakeServer, run: TrainingClient) -> None:
+def test_each_pass_is_a_request_of_its_own(fake: FakeServer, run: TrainingClient) -> None:
     passes = [batch(3), batch(4) + batch(5)]
     (step,) = run.pipeline([passes], "cross_entropy", ADAM)
     assert [len(o["logprobs"]) for o in step.forward_backward.loss_fn_outputs] == [2, 2, 2]

@@ -39,14 +39,14 @@ def rest(service: ServiceClient) -> RestClient:
 
 @pytest.fixture
 def alone(server: ScriptedServer) -> Iterator[RestClient]:
-    """A client of the scripted server, without a session."""
+    """A RestClient of the scripted server, without a session."""
     with RestClient(base_url=server.url) as client:
         yield client
 
 
 @pytest.fixture
 def saved(trainer: TrainingClient) -> str:
-    """Path of a checkpoint."""
+    """The path of a checkpoint."""
     return trainer.save_state("first", user_metadata={"step": "1"}).result(PATIENCE_S).path
 
 
@@ -71,7 +71,7 @@ def test_runs(service: ServiceClient, rest: RestClient, trainer: TrainingClient)
     assert run.last_request_time.tzinfo is not None
 
 
-def test_a_checkpoint_from_its_making_to_its_end(
+def test_a_checkpoint_from_creation_to_deletion(
     rest: RestClient, trainer: TrainingClient, saved: str
 ) -> None:
     assert saved == f"tinker://{trainer.model_id}/weights/first"
@@ -139,7 +139,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-def test_what_does_not_exist_is_not_found(rest: RestClient, what: str) -> None:
+def test_objects_that_do_not_exist_are_not_found(rest: RestClient, what: str) -> None:
     with pytest.raises(NotFoundError):
         UNKNOWN[what](rest).result(PATIENCE_S)
 
@@ -160,7 +160,7 @@ def test_a_wrong_path_is_refused_immediately(rest: RestClient, path: Any) -> Non
 
 
 @pytest.mark.parametrize(("limit", "offset"), [(0, 0), (-1, 0), (5, -1), ("5", 0), (5, None)])
-def test_a_page_has_a_size_and_a_place(rest: RestClient, limit: Any, offset: Any) -> None:
+def test_limit_and_offset_are_checked(rest: RestClient, limit: Any, offset: Any) -> None:
     for call in (rest.list_training_runs, rest.list_user_checkpoints, rest.list_sessions):
         with pytest.raises(InvalidInputError, match="limit"):
             call(limit=limit, offset=offset)
@@ -216,7 +216,7 @@ def quick(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
 
 @pytest.mark.parametrize("lost", LOST)
 @pytest.mark.parametrize("what", REPEATED)
-def test_a_change_whose_response_was_lost_is_done(
+def test_a_change_whose_response_was_lost_counts_as_done(
     quick: RestClient, server: ScriptedServer, what: str, lost: str
 ) -> None:
     change, route, second = REPEATED[what]
@@ -228,7 +228,7 @@ def test_a_change_whose_response_was_lost_is_done(
 
 
 @pytest.mark.parametrize("what", REPEATED)
-def test_a_change_that_is_refused_at_first_is_not_done(
+def test_a_change_whose_first_attempt_was_refused_does_not_count_as_done(
     quick: RestClient, server: ScriptedServer, what: str
 ) -> None:
     change, route, second = REPEATED[what]
@@ -241,7 +241,7 @@ def test_a_change_that_is_refused_at_first_is_not_done(
 
 
 @pytest.mark.parametrize("what", REPEATED)
-def test_a_route_that_is_missing_has_not_done_anything(
+def test_a_missing_route_does_not_count_as_done(
     quick: RestClient, server: ScriptedServer, what: str
 ) -> None:
     change, route, _ = REPEATED[what]
@@ -250,7 +250,7 @@ def test_a_route_that_is_missing_has_not_done_anything(
         change(quick).result(PATIENCE_S)
 
 
-def test_publishing_what_is_not_there_fails_although_the_first_response_was_lost(
+def test_publishing_a_missing_checkpoint_fails_although_the_first_response_was_lost(
     quick: RestClient, server: ScriptedServer
 ) -> None:
     change, route, _ = REPEATED["publish"]
@@ -276,7 +276,7 @@ def test_a_client_on_its_own_opens_no_session(server: ScriptedServer) -> None:
     server.wait_until_idle()
 
 
-def test_it_is_the_same_client_as_that_of_a_session(
+def test_a_client_on_its_own_works_like_that_of_a_session(
     local: LocalServer, trainer: TrainingClient, saved: str
 ) -> None:
     with RestClient(base_url=local.url) as alone:
@@ -286,7 +286,7 @@ def test_it_is_the_same_client_as_that_of_a_session(
         assert alone.get_telemetry() is None
 
 
-def test_closing_one_settles_what_is_under_way(server: ScriptedServer) -> None:
+def test_closing_a_client_settles_its_requests_in_flight(server: ScriptedServer) -> None:
     server.on("GET /api/v1/sessions", Answer(hold=threading.Event()))
     alone = RestClient(base_url=server.url)
     future = alone.list_sessions()
@@ -297,7 +297,7 @@ def test_closing_one_settles_what_is_under_way(server: ScriptedServer) -> None:
     alone.close()
 
 
-def test_one_that_is_forgotten_leaves_no_thread(server: ScriptedServer) -> None:
+def test_a_forgotten_client_leaves_no_thread(server: ScriptedServer) -> None:
     server.on("GET /api/v1/sessions", Answer(body={"sessions": []}))
     alone: Any = RestClient(base_url=server.url)
     alone.list_sessions().result(PATIENCE_S)
@@ -310,7 +310,7 @@ def test_one_that_is_forgotten_leaves_no_thread(server: ScriptedServer) -> None:
     assert not any(t.is_alive() for t in threads)
 
 
-def test_one_that_is_dropped_is_collected_without_the_garbage_collector() -> None:
+def test_a_dropped_client_is_freed_without_the_garbage_collector() -> None:
     alone: Any = RestClient(base_url="http://a.test")
     runtime = weakref.ref(alone._runtime)
     gc.disable()
@@ -321,7 +321,7 @@ def test_one_that_is_dropped_is_collected_without_the_garbage_collector() -> Non
         gc.enable()
 
 
-def test_callbacks_of_a_future_are_called_although_its_client_is_gone(
+def test_callbacks_of_a_future_are_called_after_its_client_was_dropped(
     server: ScriptedServer,
 ) -> None:
     server.on("GET /api/v1/sessions", Answer(body={"sessions": []}))
@@ -343,7 +343,7 @@ def test_callbacks_of_a_future_are_called_although_its_client_is_gone(
     assert second.wait(PATIENCE_S)
 
 
-def test_a_server_that_is_not_there_is_reported_soon() -> None:
+def test_an_absent_server_is_reported_soon() -> None:
     with ScriptedServer() as gone:
         url = gone.url
     with RestClient(base_url=url, startup_timeout_s=0.2) as alone:
@@ -353,7 +353,7 @@ def test_a_server_that_is_not_there_is_reported_soon() -> None:
     assert caught.value.elapsed_s < 5
 
 
-def test_one_that_has_responded_is_waited_for_longer(server: ScriptedServer) -> None:
+def test_a_server_that_has_responded_before_is_retried_for_longer(server: ScriptedServer) -> None:
     server.on("GET /api/v1/sessions", Answer(body={"sessions": []}))
     with RestClient(base_url=server.url, startup_timeout_s=0.2) as alone:
         assert alone.transport.config.max_outage_s == 0.2
@@ -361,16 +361,18 @@ def test_one_that_has_responded_is_waited_for_longer(server: ScriptedServer) -> 
         assert alone.transport.config.max_outage_s == 300
 
 
-def test_what_it_works_in_is_given_once(service: ServiceClient, rest: RestClient) -> None:
+def test_runtime_config_and_settings_exclude_each_other(
+    service: ServiceClient, rest: RestClient
+) -> None:
     with pytest.raises(InvalidInputError):
         RestClient(rest._runtime, base_url="http://localhost:1")
     with pytest.raises(InvalidInputError):
         RestClient(config=service.config, base_url="http://localhost:1")
 
 
-def test_the_child_of_a_fork_gets_an_error(server: ScriptedServer) -> None:
+def test_a_client_raises_an_error_in_the_child_of_a_fork(server: ScriptedServer) -> None:
     with RestClient(base_url=server.url) as alone:
-        alone._runtime._pid += 1  # as in a child
+        alone._runtime._pid += 1  # as in a forked child
         with pytest.raises(ClientClosedError, match="fork"):
             alone.list_sessions()
         alone._runtime._pid -= 1
@@ -438,7 +440,7 @@ LACKING: Dict[str, Tuple[Callable[[RestClient], Any], str, str]] = {
         "sessions/search",
     ),
 }
-# The next three look like a gateway's, and are believed after some attempts.
+# The next three look like a gateway's answers, and are believed only after some attempts.
 SOON = {"Retry-After": "0.001"}
 ABSENT = {
     "FastAPI": Answer(404, {"detail": "Not Found"}),
@@ -456,7 +458,7 @@ def method_and(route: str, concrete: str) -> str:
 
 @pytest.mark.parametrize("framework", ABSENT)
 @pytest.mark.parametrize("what", LACKING)
-def test_a_route_that_a_server_lacks_is_named(
+def test_the_error_names_the_route_that_a_server_lacks(
     server: ScriptedServer, alone: RestClient, what: str, framework: str
 ) -> None:
     call, route, concrete = LACKING[what]
@@ -467,12 +469,12 @@ def test_a_route_that_a_server_lacks_is_named(
     assert "Many servers" in str(caught.value)
 
 
-#: Requests that name nothing: a 404 to them is about the route, whatever its text.
+#: Requests that name no object: a 404 is about the route, whatever its text.
 NAME_NOTHING = {"runs", "checkpoints", "sessions", "search"}
 
 
 @pytest.mark.parametrize("what", sorted(set(LACKING) - NAME_NOTHING))
-def test_a_thing_that_is_missing_is_not_a_missing_route(
+def test_a_missing_object_is_not_a_missing_route(
     server: ScriptedServer, alone: RestClient, what: str
 ) -> None:
     call, route, concrete = LACKING[what]
@@ -481,7 +483,7 @@ def test_a_thing_that_is_missing_is_not_a_missing_route(
         call(alone).result(PATIENCE_S)
 
 
-# What the embedded server need not have
+# Routes that the embedded server may lack
 
 
 def test_weights_are_copied_into_a_project(server: ScriptedServer) -> None:
@@ -551,7 +553,7 @@ def test_a_trace_is_waited_for(
     [{"status": "failed", "error": "too old"}, {"status": "failed"}, {"status": "ready"}],
     ids=str,
 )
-def test_a_trace_that_cannot_be_had(
+def test_a_trace_whose_export_fails(
     server: ScriptedServer, alone: RestClient, state: Dict[str, str]
 ) -> None:
     server.on(TRACE, Answer(body=state))
@@ -624,7 +626,7 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("how", STATUSES)
-def test_sessions_are_found_however_they_stand(
+def test_sessions_are_found_whatever_their_status(
     server: ScriptedServer, alone: RestClient, how: str
 ) -> None:
     status, expected = STATUSES[how]
@@ -721,7 +723,7 @@ def test_only_exports_have_urls(alone: RestClient) -> None:
             alone.get_external_weights_urls(path)
 
 
-def test_paths_of_other_servers_are_handed_back_unchanged(
+def test_paths_of_other_servers_are_returned_unchanged(
     server: ScriptedServer, alone: RestClient
 ) -> None:
     route = "GET /api/v1/training_runs/model_1/checkpoints/s1/archive"
@@ -752,7 +754,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_what_has_moved_to_the_admin_client_works_with_a_warning(
+def test_methods_that_moved_to_the_admin_client_work_with_a_warning(
     server: ScriptedServer, alone: RestClient, name: str
 ) -> None:
     route, arguments, body, expected = MOVED[name]

@@ -1,4 +1,4 @@
-"""SamplingClient.sample_many: order, bounds, failures, and how it is broken off."""
+"""SamplingClient.sample_many: order, bounds, failures, and early ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prompts(count: int) -> List[types.ModelInput]:
 
 
 class Counted:
-    """Prompts without end, and how many were taken."""
+    """An endless iterator of prompts that counts how many were taken."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -52,7 +52,7 @@ class Counted:
 
 
 class Held:
-    """Responds to polls of samples on command, by the first token of their prompts."""
+    """Releases the results of samples on command, by the first token of their prompts."""
 
     def __init__(self, routes: TinkerRoutes) -> None:
         self._routes = routes
@@ -105,7 +105,7 @@ def test_every_prompt_is_sampled(service: ServiceClient) -> None:
         assert [s.tokens for s in one.response.sequences] == [s.tokens for s in alone.sequences]
 
 
-def test_input_order(service: ServiceClient) -> None:
+def test_results_can_be_in_input_order(service: ServiceClient) -> None:
     sampler = service.create_sampling_client(base_model="deterministic")
     found = list(sampler.sample_many(iter(prompts(30)), PARAMS, max_in_flight=4, order="input"))
     assert [one.index for one in found] == list(range(30))
@@ -127,7 +127,7 @@ def test_nothing_is_taken_before_a_result_is_requested(sampler: SamplingClient) 
     assert source.taken == 0
 
 
-def test_results_come_as_they_are_done(sampler: SamplingClient, held: Held) -> None:
+def test_results_arrive_in_order_of_completion(sampler: SamplingClient, held: Held) -> None:
     held.finish(2)
     stream = sampler.sample_many(prompts(3), max_in_flight=3)
     assert next(stream).index == 2
@@ -137,7 +137,7 @@ def test_results_come_as_they_are_done(sampler: SamplingClient, held: Held) -> N
     assert [one.index for one in stream] == [1]
 
 
-def test_no_more_are_in_flight_than_allowed(
+def test_no_more_samples_are_in_flight_than_allowed(
     server: ScriptedServer, sampler: SamplingClient, held: Held
 ) -> None:
     source = Counted()
@@ -158,7 +158,7 @@ def test_the_window_of_input_order_is_bounded(sampler: SamplingClient, held: Hel
     held.finish(*range(1, 99))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, stream)
-        # All but the first of the window are done; one more prompt may have been taken.
+        # All but the first sample of the window are done; one more prompt may have been taken.
         wait_until(lambda: source.taken == window + 1, "the window is full")
         assert not first.done()
         held.finish(0)
@@ -167,7 +167,7 @@ def test_the_window_of_input_order_is_bounded(sampler: SamplingClient, held: Hel
     stream.close()
 
 
-def test_closing_cancels_and_takes_no_more(
+def test_closing_a_stream_cancels_its_samples_and_takes_no_more_prompts(
     scripted: ServiceClient, sampler: SamplingClient, held: Held
 ) -> None:
     source = Counted()
@@ -181,7 +181,7 @@ def test_closing_cancels_and_takes_no_more(
     stream.close()
 
 
-def test_a_loop_that_is_left_cancels(
+def test_leaving_the_loop_cancels(
     scripted: ServiceClient, sampler: SamplingClient, held: Held
 ) -> None:
     held.finish(1)
@@ -191,10 +191,10 @@ def test_a_loop_that_is_left_cancels(
     assert scripted.inflight() == []
 
 
-def test_one_that_is_collected_inside_our_code_is_cancelled_later(
+def test_a_stream_collected_inside_our_code_is_cancelled_later(
     sampler: SamplingClient, held: Held
 ) -> None:
-    """The collector may run in a thread that holds a lock which a cancel takes."""
+    """The garbage collector may run in a thread that holds a lock that cancelling takes."""
     poller = sampler._runtime.poller
     cycle: List[Any] = [sampler.sample_many(Counted(), max_in_flight=3)]
     cycle.append(cycle)
@@ -205,12 +205,12 @@ def test_one_that_is_collected_inside_our_code_is_cancelled_later(
     del cycle
     ours = {"__name__": "tinkex.any", "lock": poller._lock, "collect": gc.collect}
     race(lambda: exec("with lock: collect()", ours))
-    held.finish(2)  # for the next call
+    held.finish(2)  # for the sample in the next line
     assert sampler.sample(prompt(2)).result(PATIENCE_S)
     wait_until(lambda: poller.inflight() == [], "the others are cancelled")
 
 
-def test_a_long_wait_explains_itself(
+def test_a_long_wait_is_explained_in_the_log(
     server: ScriptedServer, routes: TinkerRoutes, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tinkex")
@@ -231,7 +231,7 @@ def test_a_long_wait_explains_itself(
     assert re.search(r"oldest is sample: waiting for \d+ s, request asample-", caplog.text)
 
 
-def test_another_thread_may_close_it(sampler: SamplingClient, held: Held) -> None:
+def test_another_thread_may_close_the_stream(sampler: SamplingClient, held: Held) -> None:
     stream = sampler.sample_many(Counted(), max_in_flight=3)
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(list, stream)
@@ -279,10 +279,10 @@ def test_an_interrupted_call_leaves_nothing_behind(
                 list(sampler.sample_many(prompts(3), PARAMS))
         assert client.inflight() == []
         assert client.usage().reserved == (0, 0, 0)
-        assert len(list(sampler.sample_many(prompts(3), PARAMS))) == 3  # its place is free
+        assert len(list(sampler.sample_many(prompts(3), PARAMS))) == 3  # its slot is free
 
 
-def test_in_the_child_of_a_fork(
+def test_a_stream_in_the_child_of_a_fork(
     sampler: SamplingClient, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = sampler.sample_many(prompts(2), max_in_flight=2)
@@ -298,7 +298,7 @@ def test_in_the_child_of_a_fork(
     assert [one.index for one in stream] == [1]
 
 
-def test_threads_share_it(service: ServiceClient) -> None:
+def test_threads_can_share_a_stream(service: ServiceClient) -> None:
     sampler = service.create_sampling_client(base_model="deterministic")
     stream = sampler.sample_many(prompts(40), PARAMS, max_in_flight=8)
     with ThreadPoolExecutor(4) as pool:
@@ -306,7 +306,7 @@ def test_threads_share_it(service: ServiceClient) -> None:
     assert sorted(itertools.chain(*shares)) == list(range(40))
 
 
-def test_prompts_that_fail_to_come(scripted: ServiceClient, sampler: SamplingClient) -> None:
+def test_prompts_whose_iterator_fails(scripted: ServiceClient, sampler: SamplingClient) -> None:
     def broken() -> Iterator[types.ModelInput]:
         yield prompt(0)
         raise OSError("the disk is gone")
@@ -331,7 +331,7 @@ def test_a_failure_raises_and_names_the_prompt(
     assert scripted.inflight() == []
 
 
-def test_failures_are_yielded(sampler: SamplingClient, held: Held) -> None:
+def test_failures_can_be_yielded(sampler: SamplingClient, held: Held) -> None:
     held.failing = {1}
     held.finish(*range(3))
     bad = [prompt(0), prompt(1), "no tokens"]
@@ -344,7 +344,7 @@ def test_failures_are_yielded(sampler: SamplingClient, held: Held) -> None:
 
 
 @pytest.mark.parametrize("order", ["completion", "input"])
-def test_failures_are_skipped_with_a_warning(
+def test_failures_can_be_skipped_with_a_warning(
     sampler: SamplingClient, held: Held, order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     held.failing = {0, 2}
@@ -356,7 +356,7 @@ def test_failures_are_skipped_with_a_warning(
     assert "2 of 4 prompts failed" in reported[0]
 
 
-def test_a_sample_cancelled_by_others(
+def test_a_sample_cancelled_from_outside(
     scripted: ServiceClient, sampler: SamplingClient, held: Held
 ) -> None:
     held.finish(0)
@@ -367,7 +367,7 @@ def test_a_sample_cancelled_by_others(
     assert isinstance(next(stream).error, CancelledError)
 
 
-def test_a_closed_client_ends_it(
+def test_closing_the_client_ends_the_stream(
     scripted: ServiceClient, sampler: SamplingClient, held: Held
 ) -> None:
     held.finish(0)
@@ -401,8 +401,10 @@ def test_bad_arguments(sampler: SamplingClient, bad: Any) -> None:
 # Limits of the client
 
 
-def test_a_budget_paces_and_then_ends_it(server: ScriptedServer, routes: TinkerRoutes) -> None:
-    # A prompt takes 2 tokens, and reserves 2; one is sampled.
+def test_a_budget_paces_and_then_ends_the_stream(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    # A prompt has 2 tokens, and reserves 2 more; one is sampled.
     with ServiceClient(base_url=server.url, budget=Budget(tokens=13)) as client:
         sampler = client.create_sampling_client(base_model="base")
         stream = sampler.sample_many(Counted(), PARAMS, max_in_flight=50, on_error="skip")
@@ -415,7 +417,7 @@ def test_a_budget_paces_and_then_ends_it(server: ScriptedServer, routes: TinkerR
 
 
 @pytest.mark.parametrize("policy", ["wait", "raise"])
-def test_unread_results_do_not_block_it(
+def test_unread_results_do_not_block_the_stream(
     server: ScriptedServer, routes: TinkerRoutes, policy: str
 ) -> None:
     with ServiceClient(base_url=server.url, max_unread=2, on_backpressure=policy) as client:
@@ -424,7 +426,9 @@ def test_unread_results_do_not_block_it(
         assert sorted(one.index for one in found) == list(range(9))
 
 
-def test_unread_results_of_others_do(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_unread_results_of_other_calls_block_the_stream(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as client:
         sampler = client.create_sampling_client(base_model="base")
         mine = sampler.sample(prompt(0))
@@ -447,7 +451,7 @@ def test_progress_is_reported(sampler: SamplingClient, held: Held) -> None:
     assert reported == [(1, 0, 3), (2, 1, 3), (3, 1, 3)]
 
 
-def test_progress_may_close_it(sampler: SamplingClient) -> None:
+def test_the_progress_function_may_close_the_stream(sampler: SamplingClient) -> None:
     def stop_after_two(done: int, failed: int, total: Optional[int]) -> None:
         if done == 2:
             stream.close()
@@ -459,7 +463,9 @@ def test_progress_may_close_it(sampler: SamplingClient) -> None:
     assert sampler._runtime.poller.inflight() == []
 
 
-def test_the_prompts_may_close_it(sampler: SamplingClient, routes: TinkerRoutes) -> None:
+def test_the_iterator_of_prompts_may_close_the_stream(
+    sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
     def three() -> Iterator[types.ModelInput]:
         yield from prompts(3)
         stream.close()
@@ -471,7 +477,7 @@ def test_the_prompts_may_close_it(sampler: SamplingClient, routes: TinkerRoutes)
 
 
 def drained(stream: SampleStream) -> List[Sampled]:
-    """What is left of *stream*; fails if it hangs."""
+    """Return the rest of *stream*; fail if it hangs."""
     (found,) = race(lambda: list(stream))
     assert isinstance(found, list)
     return found
@@ -484,7 +490,7 @@ def test_the_total_of_a_generator_is_unknown(sampler: SamplingClient) -> None:
     assert reported == [(1, 0, None)]
 
 
-def test_a_bar_on_a_terminal_only(
+def test_the_progress_bar_is_shown_on_terminals_only(
     sampler: SamplingClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     list(sampler.sample_many(prompts(3), progress=True))

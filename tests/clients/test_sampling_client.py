@@ -1,4 +1,4 @@
-"""SamplingClient: what it sends, what it makes of the answers, and sampling end to end."""
+"""SamplingClient: its requests, what it makes of the answers, and sampling end to end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scripted_sampler(scripted: ServiceClient) -> SamplingClient:
 # What is sent
 
 
-def test_no_more_is_sent_than_was_requested(
+def test_only_requested_fields_are_sent(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     response = scripted_sampler.sample(PROMPT).result(PATIENCE_S)
@@ -179,7 +179,7 @@ def test_a_seed_that_json_cannot_hold_is_an_input_error(scripted_sampler: Sampli
         scripted_sampler.sample(PROMPT, 1, params).result(PATIENCE_S)
 
 
-# What is made of the answers
+# What the client makes of the answers
 
 
 @pytest.mark.parametrize(
@@ -216,17 +216,17 @@ def test_prompt_logprobs_need_no_sequences(
     assert scripted_sampler.compute_logprobs(PROMPT).result(PATIENCE_S) == [None, -0.5, -0.25]
 
 
-def test_prompt_logprobs_that_were_requested_must_be_there(
+def test_requested_prompt_logprobs_must_be_in_the_response(
     scripted_sampler: SamplingClient,
 ) -> None:
     with pytest.raises(ResponseDecodeError, match=r"no prompt logprobs.* 3 prompt tokens"):
         scripted_sampler.sample(PROMPT, include_prompt_logprobs=True).result(PATIENCE_S)
-    one = types.ModelInput.from_ints([1])  # nothing predicts its only token
+    one = types.ModelInput.from_ints([1])  # a single token has no logprob
     assert scripted_sampler.sample(one, include_prompt_logprobs=True).result(PATIENCE_S).sequences
 
 
 @pytest.mark.parametrize("option", ["topk_prompt_logprobs", "topk_sample_logprobs"])
-def test_likeliest_tokens_that_were_requested_must_be_there(
+def test_requested_likeliest_tokens_must_be_in_the_response(
     scripted_sampler: SamplingClient, option: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=f"ignored {option}"):
@@ -261,7 +261,7 @@ def answer_of(**parts: Any) -> Answer:
     return Answer(body={**SEQUENCES, **parts})
 
 
-def test_the_last_n_logprobs_may_come_alone_or_with_gaps_before_them(
+def test_the_last_n_logprobs_may_come_alone_or_after_nulls(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     prompt = types.ModelInput.from_ints([1, 2, 3, 4])
@@ -275,7 +275,7 @@ def test_the_last_n_logprobs_may_come_alone_or_with_gaps_before_them(
         assert logprobs == [None, None, None, -0.5]
 
 
-def test_logprobs_that_were_not_requested_show_an_old_server(
+def test_unrequested_logprobs_indicate_an_old_server(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("retrieve_future", answer_of(prompt_logprobs=[None, -0.5, -0.25]))
@@ -292,7 +292,7 @@ def test_logprobs_that_were_not_requested_show_an_old_server(
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_what_a_server_leaves_out_shows_an_old_server(
+def test_missing_parts_of_a_response_indicate_an_old_server(
     scripted_sampler: SamplingClient, asked: Any
 ) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(asked))):
@@ -300,7 +300,7 @@ def test_what_a_server_leaves_out_shows_an_old_server(
 
 
 def forbidden(*names: str) -> Answer:
-    """How a strict server refuses fields that it does not know."""
+    """How a strict server refuses unknown fields."""
     detail = [
         {"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted"}
         for name in names
@@ -308,7 +308,7 @@ def forbidden(*names: str) -> Answer:
     return Answer(422, {"detail": detail})
 
 
-def test_a_server_that_refuses_what_it_does_not_know_is_an_old_one(
+def test_a_refusal_of_requested_fields_indicates_an_old_server(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     refusal = forbidden("prompt_alt_tokens_k", "topk_sample_logprobs")
@@ -320,13 +320,13 @@ def test_a_server_that_refuses_what_it_does_not_know_is_an_old_one(
     assert "refuses topk_sample_logprobs and prompt_alt_tokens_k:" in caught.value.message
     assert caught.value.status == 422
     assert isinstance(caught.value.__cause__, UnprocessableEntityError)
-    for _ in range(2):  # what was not asked for is not why
+    for _ in range(2):  # the refused fields were not requested here
         with pytest.raises(UnprocessableEntityError):
             scripted_sampler.sample(PROMPT).result(PATIENCE_S)
 
 
 @pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=lambda codec: codec.name)
-def test_everything_that_can_be_requested_arrives_in_either_encoding(
+def test_every_part_of_a_response_is_read_in_either_encoding(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, codec: Codec
 ) -> None:
     target = types.TensorData([-0.5, -1.5], "float32", (2, 9), [0, 1, 2], [3, 8])
@@ -399,7 +399,7 @@ def test_a_lost_sample_is_submitted_again_under_a_new_seq_id(
     sampler = SamplingClient(scripted_sampler._runtime, "s", retry_config=config)
     response = sampler.sample(PROMPT).result(PATIENCE_S)
     assert [b["seq_id"] for b in routes.submitted("asample")] == [0, 1]
-    assert response.sequences[0].sequence_id == "q-1"  # of the attempt that brought the result
+    assert response.sequences[0].sequence_id == "q-1"  # from the attempt that gave the result
 
 
 @pytest.mark.parametrize("switch", ["the caller", "the server"])
@@ -418,7 +418,7 @@ def test_a_lost_sample_is_an_error_if_retries_are_off(
     assert len(routes.submitted("asample")) == 1
 
 
-def test_a_client_may_have_a_cap_of_its_own(
+def test_a_client_may_have_its_own_cap_on_samples_in_flight(
     scripted: ServiceClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     release = threading.Event()
@@ -431,14 +431,14 @@ def test_a_client_may_have_a_cap_of_its_own(
     server.wait_for("POST /api/v1/retrieve_future", 2)
     assert [f.status().state for f in futures[2:]] == ["queued"] * 4
     others = [free.sample(PROMPT) for _ in range(3)]
-    server.wait_for("POST /api/v1/retrieve_future", 5)  # other clients are not held up
+    server.wait_for("POST /api/v1/retrieve_future", 5)  # the cap does not hold up other clients
     futures[4].cancel()
-    futures[0].cancel()  # and its place is taken immediately
+    futures[0].cancel()  # the next sample takes its place immediately
     server.wait_for("POST /api/v1/asample", 6)
     release.set()
     for future in [*others, *(futures[i] for i in (1, 2, 3, 5))]:
         assert future.result(PATIENCE_S).sequences
-    assert len(routes.submitted("asample")) == 8  # not the one that was cancelled in the queue
+    assert len(routes.submitted("asample")) == 8  # all but the one cancelled in the queue
 
 
 def test_many_samples_behind_a_cap_all_fail_at_close(
@@ -453,7 +453,7 @@ def test_many_samples_behind_a_cap_all_fail_at_close(
     assert {type(future.exception(0)) for future in futures} == {ClientClosedError}
 
 
-def test_silence_ends_a_sample_after_the_progress_timeout(
+def test_a_sample_without_progress_fails_after_the_timeout(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("retrieve_future", Answer(hold=threading.Event()))
@@ -475,21 +475,21 @@ def test_silence_ends_a_sample_after_the_progress_timeout(
         {"jitter_factor": 1.5},
     ],
 )
-def test_limits_out_of_their_range_are_refused(wrong: Any) -> None:
+def test_limits_out_of_range_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RetryConfig(**wrong)
 
 
-def test_delays_grow_vary_and_end() -> None:
+def test_retry_delays_grow_vary_and_end() -> None:
     config = RetryConfig(retry_delay_base=1.0, retry_delay_max=3.0, jitter_factor=0.5)
     assert [config.delay_s(times, 0.5) for times in range(4)] == [1.0, 2.0, 3.0, 3.0]
     assert config.delay_s(0, 0.0) == 0.5
-    assert config.delay_s(2, 1.0) == 3.0  # never longer
+    assert config.delay_s(2, 1.0) == 3.0  # never longer than the maximum
     assert config.delay_s(5, 0.5) is None
     assert RetryConfig(enable_stuck_detection=False).no_progress_timeout_s is None
 
 
-def test_a_retry_config_of_another_kind_is_refused(scripted: ServiceClient) -> None:
+def test_a_retry_config_of_another_type_is_refused(scripted: ServiceClient) -> None:
     with pytest.raises(InvalidInputError, match="retry_config is a dict"):
         scripted.create_sampling_client(
             base_model="base",
@@ -501,13 +501,13 @@ def test_a_retry_config_of_another_kind_is_refused(scripted: ServiceClient) -> N
 
 
 @pytest.mark.usefixtures("without_key")
-def test_a_clone_counts_in_a_block_that_the_server_gives_it(
+def test_a_clone_numbers_its_samples_in_the_block_that_the_server_assigns(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     routes.serve("client/config", Answer(body={"sample_join_sampling_session": True}))
     routes.serve("join_sampling_session", Answer(body={"client_counter": 3}))
     clone = SamplingClient.from_sampler_handle(scripted_sampler.get_sampler_handle())
-    assert server.requests("POST /api/v1/join_sampling_session") == []  # before its first sample
+    assert server.requests("POST /api/v1/join_sampling_session") == []  # not yet
     with ThreadPoolExecutor(8) as pool:
         futures = list(pool.map(lambda _: clone.sample(PROMPT), range(20)))
     for future in futures:
@@ -538,7 +538,7 @@ def test_a_clone_without_a_usable_number_fails_and_joins_again(
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_clone_takes_a_random_block_where_the_server_gives_none(
+def test_a_clone_takes_a_random_block_if_the_server_assigns_none(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, flag: bool
 ) -> None:
     routes.serve("client/config", Answer(body={"sample_join_sampling_session": flag}))
@@ -553,7 +553,7 @@ def test_a_clone_takes_a_random_block_where_the_server_gives_none(
 # Facts about the sampler
 
 
-def test_the_base_model_of_a_checkpoint_is_that_of_its_weights_where_samplers_report_none(
+def test_the_base_model_of_a_checkpoint_comes_from_its_weights_if_the_sampler_reports_none(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     info = {"base_model": "base", "is_lora": True}
@@ -574,7 +574,7 @@ def test_the_base_model_is_requested_once(scripted: ServiceClient, server: Scrip
     assert len(server.requests(SAMPLER_ROUTE)) == 1
 
 
-def test_the_tokenizer_is_the_servers_or_that_of_the_known_base_model(
+def test_the_tokenizer_comes_from_the_server_or_from_the_known_base_model(
     scripted: ServiceClient, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: List[Any] = []
@@ -654,7 +654,7 @@ def test_many_samples_in_parallel(sampler: SamplingClient) -> None:
     assert results[149].sequences[0].tokens == alone.sequences[0].tokens
 
 
-def test_the_servers_refusals_are_typed_and_sampling_continues(sampler: SamplingClient) -> None:
+def test_refusals_by_the_server_are_typed_and_sampling_continues(sampler: SamplingClient) -> None:
     with pytest.raises(BadRequestError, match="token 5000"):
         sampler.sample(types.ModelInput.from_ints([5000])).result(PATIENCE_S)
     with pytest.raises(BadRequestError, match="64"):
@@ -674,7 +674,7 @@ def test_the_servers_refusals_are_typed_and_sampling_continues(sampler: Sampling
         ({"model_path": "tinker://nobody/sampler_weights/x"}, NotFoundError),
     ],
 )
-def test_a_sampler_of_nothing(service: ServiceClient, arguments: Any, error: Any) -> None:
+def test_a_sampler_without_a_model(service: ServiceClient, arguments: Any, error: Any) -> None:
     with pytest.raises(error):
         service.create_sampling_client(**arguments)
     assert service.create_sampling_client(base_model="deterministic").sampling_session_id

@@ -20,7 +20,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
-    """The names a stand-in for transformers was asked for."""
+    """The names that were requested of a stand-in for transformers."""
     names: List[str] = []
 
     class AutoTokenizer:
@@ -54,33 +54,33 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
         ("meta-llama/Llama-3.1-8B", "org/tok", "org/tok"),
     ],
 )
-def test_names(base_model: str, tokenizer_id: Optional[str], expected: str) -> None:
+def test_which_name_is_loaded(base_model: str, tokenizer_id: Optional[str], expected: str) -> None:
     assert tokenizers.tokenizer_name(base_model, tokenizer_id) == expected
 
 
 @pytest.mark.parametrize("given", ["base_model", "tokenizer_id"])
-def test_a_folder_is_taken_as_it_is(tmp_path: Path, given: str) -> None:
+def test_a_folder_is_used_unchanged(tmp_path: Path, given: str) -> None:
     folder = tmp_path / "my:model"
     folder.mkdir()
     names = {"base_model": "org/m", given: str(folder)}
     assert tokenizers.tokenizer_name(**names) == str(folder)
 
 
-def test_a_folder_right_below_the_root_is_no_name_with_a_variant(
+def test_a_folder_directly_below_the_root_is_not_a_name_with_a_variant(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokenizers.os.path, "isdir", {"/models/qwen"}.__contains__)
     assert tokenizers.tokenizer_name("/models/qwen") == "/models/qwen"
 
 
-def test_it_is_loaded_once_and_each_caller_has_its_own(loaded: List[str]) -> None:
+def test_a_tokenizer_is_loaded_once_and_each_caller_gets_a_copy(loaded: List[str]) -> None:
     first, second = tokenizers.load_tokenizer("org/m"), tokenizers.load_tokenizer("org/m")
     assert first == second == {"name": "org/m"}
     assert first is not second
     assert loaded == ["org/m"]
 
 
-def test_one_that_cannot_be_loaded_is_named_and_tried_again(loaded: List[str]) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_named_and_tried_again(loaded: List[str]) -> None:
     for _ in range(2):
         with pytest.raises(TinkexError, match="'missing/tok' cannot be loaded") as caught:
             tokenizers.load_tokenizer("m", "missing/tok")
@@ -100,7 +100,7 @@ def test_the_engine_without_a_model_has_none_and_the_hub_is_not_asked(loaded: Li
     assert loaded == []
 
 
-def test_one_that_fails_without_a_word_is_named_too(loaded: List[str]) -> None:
+def test_a_tokenizer_that_fails_without_a_message_is_named_too(loaded: List[str]) -> None:
     with pytest.raises(TinkexError, match="'silent/tok' cannot be loaded: ValueError"):
         tokenizers.load_tokenizer("silent/tok")
 

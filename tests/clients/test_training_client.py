@@ -1,4 +1,4 @@
-"""TrainingClient: the numbers it gives its requests, and training end to end."""
+"""TrainingClient: the seq_ids of its requests, and training end to end."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_bad_input_is_refused_immediately_and_uses_no_seq_id(
     assert routes.seq_ids() == [1, 2]
 
 
-def test_what_cannot_be_encoded_uses_no_seq_id(
+def test_a_request_that_cannot_be_encoded_uses_no_seq_id(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     with pytest.raises(InvalidInputError, match="JSON"):
@@ -198,7 +198,7 @@ def test_a_result_without_the_path_is_a_decode_error(
         scripted_trainer.save_weights_and_get_sampling_client()
 
 
-def test_a_sampler_of_a_strange_checkpoint_does_not_claim_our_base_model(
+def test_a_sampler_of_another_runs_checkpoint_does_not_claim_our_base_model(
     scripted_trainer: TrainingClient, server: ScriptedServer
 ) -> None:
     server.on(
@@ -233,7 +233,7 @@ def test_a_custom_loss_without_torch_names_what_to_install(
 
 @pytest.fixture
 def small_parts() -> Iterator[TrainingClient]:
-    """A run on an embedded server that takes three datums at a time."""
+    """A run on an embedded server that takes at most three datums per request."""
     settings = ServerSettings(flags=ClientFlags(fwdbwd_max_chunk_len=3))
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
     with LocalServer(engine, settings=settings) as server:
@@ -296,7 +296,7 @@ def test_outputs_come_in_input_order_as_float32(trainer: TrainingClient) -> None
     assert output.metrics["loss:sum"] == pytest.approx(-sum(p.sum() for p in logprobs), rel=1e-5)
 
 
-def test_a_learning_rate_may_come_from_numpy(
+def test_a_learning_rate_may_be_a_numpy_number(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     rate: Any = np.linspace(0, 1, 5, dtype=np.float32)[1]
@@ -311,7 +311,7 @@ def test_a_forward_pass_leaves_no_gradient(trainer: TrainingClient) -> None:
     assert metrics["grad_norm:mean"] == 0.0
 
 
-def test_saved_state_comes_back_with_and_without_the_optimizer(
+def test_saved_state_is_restored_with_and_without_the_optimizer(
     service: ServiceClient, trainer: TrainingClient
 ) -> None:
     data = [datum()]
@@ -346,7 +346,9 @@ def test_saved_state_comes_back_with_and_without_the_optimizer(
     assert len({trainer.model_id, again.model_id, fresh.model_id}) == 3
 
 
-def test_a_checkpoint_name_is_taken_until_overwritten(trainer: TrainingClient) -> None:
+def test_a_checkpoint_name_is_refused_a_second_time_unless_overwritten(
+    trainer: TrainingClient,
+) -> None:
     first = trainer.save_state("name", user_metadata={"k": "v"}).result(PATIENCE_S)
     with pytest.raises(ConflictError, match="name"):
         trainer.save_state("name").result(PATIENCE_S)
@@ -354,7 +356,7 @@ def test_a_checkpoint_name_is_taken_until_overwritten(trainer: TrainingClient) -
     assert again.path == first.path
 
 
-def test_weights_for_sampling_by_name_and_ephemeral(
+def test_named_and_ephemeral_weights_for_sampling(
     service: ServiceClient, trainer: TrainingClient
 ) -> None:
     prompt = types.ModelInput.from_ints([1, 2, 3])
@@ -372,7 +374,9 @@ def test_weights_for_sampling_by_name_and_ephemeral(
     assert trained != base
 
 
-def test_get_info_is_asked_once(scripted_trainer: TrainingClient, server: ScriptedServer) -> None:
+def test_get_info_is_requested_once(
+    scripted_trainer: TrainingClient, server: ScriptedServer
+) -> None:
     info = scripted_trainer.get_info()
     assert info.model_data.model_name == "base"
     assert scripted_trainer.get_info() is info
@@ -380,7 +384,7 @@ def test_get_info_is_asked_once(scripted_trainer: TrainingClient, server: Script
     assert "session-1:train:0" in repr(scripted_trainer)
 
 
-def test_the_tokenizer_is_the_servers(
+def test_the_tokenizer_comes_from_the_server(
     scripted: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: List[Any] = []
@@ -430,7 +434,7 @@ def test_threads_that_share_a_client_share_its_seq_ids(
     assert routes.seq_ids() == list(range(1, 81))
 
 
-def test_a_client_that_is_dropped_still_sends_what_was_queued(service: ServiceClient) -> None:
+def test_a_dropped_client_still_sends_its_queued_requests(service: ServiceClient) -> None:
     futures = [
         service.create_lora_training_client("deterministic").forward([datum(s)], "cross_entropy")
         for s in range(3)
@@ -440,7 +444,7 @@ def test_a_client_that_is_dropped_still_sends_what_was_queued(service: ServiceCl
         assert future.result(PATIENCE_S).metrics["loss:sum"] > 0
 
 
-def test_a_client_that_is_dropped_takes_its_thread_along(service: ServiceClient) -> None:
+def test_the_thread_of_a_dropped_client_ends(service: ServiceClient) -> None:
     trainer = service.create_lora_training_client("deterministic")
     trainer.optim_step(ADAM).result(PATIENCE_S)
     name = f"tinkex-submit-{trainer.model_id}"
@@ -486,7 +490,7 @@ def test_an_optimizer_without_a_type_is_refused(
     assert routes.count() == before
 
 
-def test_steps_of_other_optimizers_have_a_field_of_their_own(
+def test_steps_of_other_optimizers_are_sent_in_another_field(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     scripted_trainer.optim_step(types.DimuonParams(learning_rate=0.02)).result(PATIENCE_S)
@@ -508,7 +512,7 @@ def test_an_optimizer_that_the_embedded_server_lacks_is_named(service: ServiceCl
 # Less common requests
 
 
-def test_external_weights_are_saved_for_who_can_decrypt_them(
+def test_external_weights_are_encrypted_for_the_given_recipients(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("save_weights_external", Answer(body={"request_id": "external"}))
@@ -541,7 +545,7 @@ def test_a_route_that_the_server_lacks_uses_no_seq_id(
     assert [body["seq_id"] for body in routes.submitted("optim_step")] == [1]
 
 
-def test_samplers_may_follow_the_weights_and_have_settings_of_their_own(
+def test_samplers_may_follow_the_weights_and_have_their_own_settings(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     retries = RetryConfig(max_connections=3)
@@ -565,7 +569,7 @@ def test_samplers_may_follow_the_weights_and_have_settings_of_their_own(
         scripted_trainer.save_weights_and_get_sampling_client(kind="live")
 
 
-def test_unloading_comes_after_everything_is_done(
+def test_unloading_waits_for_all_other_requests(
     scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     release = threading.Event()
@@ -614,7 +618,7 @@ def test_weights_are_copied_into_the_clients_project(
     assert received.headers["x-tinker-weights-access-token"] == "secret-token"
 
 
-def test_pages_of_the_console(scripted: ServiceClient, scripted_trainer: TrainingClient) -> None:
+def test_urls_of_the_console(scripted: ServiceClient, scripted_trainer: TrainingClient) -> None:
     base = "https://tinker.thinkingmachines.ai"
     run = "session-1%3Atrain%3A0"
     assert scripted.get_console_url() == f"{base}/sessions/session-1"
@@ -667,7 +671,7 @@ def test_closing_the_service_ends_its_runs(service: ServiceClient, trainer: Trai
         trainer.get_info()
 
 
-def test_closing_the_service_wakes_who_waits(
+def test_closing_the_service_wakes_waiting_threads(
     scripted: ServiceClient,
     scripted_trainer: TrainingClient,
     routes: TinkerRoutes,
@@ -687,7 +691,7 @@ def test_closing_the_service_wakes_who_waits(
 # Numbers after trouble
 
 
-def test_the_seq_id_of_a_request_without_a_response_is_used_again(
+def test_the_seq_id_of_a_request_without_a_response_is_reused(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
@@ -703,7 +707,7 @@ def test_the_seq_id_of_a_request_without_a_response_is_used_again(
     assert routes.seq_ids()[:1] + routes.seq_ids()[lost:] == [1, 2, 3]
 
 
-def test_a_lost_batch_is_sent_again_as_it_was_though_its_arrays_are_used_again(
+def test_a_lost_batch_is_resent_unchanged_although_its_arrays_were_reused(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
@@ -714,7 +718,7 @@ def test_a_lost_batch_is_sent_again_as_it_was_though_its_arrays_are_used_again(
         routes.serve("forward_backward", Answer(drop=True))
         with pytest.raises(APIConnectionError):
             trainer.forward_backward([batch], "cross_entropy").result(PATIENCE_S)
-        targets[:] = 7  # the batch has failed: its owner is free to
+        targets[:] = 7  # the batch has failed, so its owner may
         routes.serve("forward_backward", routes.accept_pass)
         trainer.forward_backward([batch], "cross_entropy").result(PATIENCE_S)
     _first, *lost, again, new = server.requests("POST /api/v1/forward_backward")
@@ -724,7 +728,7 @@ def test_a_lost_batch_is_sent_again_as_it_was_though_its_arrays_are_used_again(
     assert seven.seq_id == 3
 
 
-def test_a_seq_id_that_the_server_has_after_all_is_skipped(
+def test_a_seq_id_that_the_server_has_used_after_all_is_skipped(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
@@ -736,7 +740,7 @@ def test_a_seq_id_that_the_server_has_after_all_is_skipped(
         routes.serve("save_weights", Answer(409, {"detail": "seq_id 1 is taken"}), routes.accept)
         trainer.save_state("a").result(PATIENCE_S)
         assert routes.seq_ids()[lost:] == [1, 2]
-        # Without doubt a 409 is an answer.
+        # Without such a doubt a 409 is final.
         routes.serve("save_weights", Answer(409, {"detail": "the name is taken"}))
         with pytest.raises(ConflictError, match="name is taken"):
             trainer.save_state("a").result(PATIENCE_S)
@@ -745,7 +749,7 @@ def test_a_seq_id_that_the_server_has_after_all_is_skipped(
 
 
 def test_a_run_survives_an_outage_that_was_too_long(local: LocalServer) -> None:
-    # The embedded server waits for a number that is left out.
+    # The embedded server would wait for a missing number.
     with Relay(local.url) as relay:
         with ServiceClient(base_url=relay.url, max_outage_s=0.1) as service:
             trainer = service.create_lora_training_client("deterministic")
@@ -759,7 +763,7 @@ def test_a_run_survives_an_outage_that_was_too_long(local: LocalServer) -> None:
             assert step.optim.metrics["optimizer_steps:max"] == 2.0
 
 
-def test_a_submission_that_finds_no_server_fails_after_the_outage(
+def test_a_submission_without_a_server_fails_after_the_outage_limit(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.2) as service:

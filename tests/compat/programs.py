@@ -1,6 +1,6 @@
-"""Runs the scripts of this folder, as they are or with tinkex in the place of the official SDK.
+"""Runs the scripts of this folder, unchanged or with tinkex in place of the official SDK.
 
-Standard library only: the interop tests use it too, in the environment of the official SDK.
+Standard library only: the interop tests use this module, too, in the official SDK's environment.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("supervised", "reinforcement", "checkpoints")
 STYLES = ("older", "newer")
 
-#: The one line that differs.
+#: The only line that differs.
 OFFICIAL, OURS = "\nimport tinker\n", "\nimport tinkex as tinker\n"
 
 
 def source(script: str) -> str:
-    """The text of a script, which imports the official SDK in exactly one line."""
+    """Return the text of a script, which must import the official SDK in exactly one line."""
     text = (Path(__file__).parent / "scripts" / f"{script}.py").read_text()
     assert text.count(OFFICIAL) == 1
     return text
@@ -36,7 +36,7 @@ def run_with_tinkex(
 
 
 def run_with_tinker(script: str, style: str, url: str) -> Mapping[str, Any]:
-    """Run *script* as it stands, with the official SDK of this environment."""
+    """Run *script* unchanged, with the official SDK of this environment."""
     return _run(source(script), style, url, sys.executable, {})
 
 

@@ -1,10 +1,10 @@
-"""The public surface of the official SDK, and what of it tinkex does not have."""
+"""The public surface of the official SDK, and the parts of it that tinkex lacks."""
 
 from __future__ import annotations
 
 from typing import Mapping
 
-#: Prints the classes of a module and of its ``types``: member -> parameters, or null.
+#: A program that prints the classes of a module and of its ``types``: member -> parameters or null.
 PROBE = """
 import dataclasses, importlib, inspect, json, sys
 
@@ -55,8 +55,8 @@ if sys.argv[1] == "tinkex":  # its names are resolved when they are asked for
 print(json.dumps(found))
 """
 
-#: What is left out on purpose, or is not for callers: a pattern of what `lacking` finds, and the
-#: words of docs/compatibility.md that document it.
+#: Names that are left out on purpose, or are not for callers: a pattern of what `lacking` finds ->
+#: the words in docs/compatibility.md that document it.
 EXCEPTIONS: Mapping[str, str] = {
     r"Backcompat\w+\..*": "`Backcompat*`",
     r"(Service|Training|Sampling)Client\.(holder|create|on_queue_state_change)": "`holder`",

@@ -1,4 +1,4 @@
-"""tinkex in the place of ``tinker``, for programs and libraries that import the official SDK."""
+"""tinkex in place of ``tinker``, for programs and libraries that import the official SDK."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL = "import tinkex; tinkex.install_as_tinker()\n"
 
 
 def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in *cwd*, where a module may be imported from, too."""
+    """Run Python in *cwd*, from which it can also import modules."""
     path = os.pathsep.join([str(ROOT), str(cwd)])
     return subprocess.run(
         [sys.executable, *arguments],
@@ -31,14 +31,14 @@ def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.Completed
 
 
 def check(code: str, tmp_path: Path) -> None:
-    """Run *code* after the installation; it fails by an exception."""
+    """Run *code* after install_as_tinker; an exception in it fails the test."""
     done = python("-c", INSTALL + code, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture
 def another_tinker(tmp_path: Path) -> Path:
-    """A folder with a package "tinker" that is not ours."""
+    """A folder with a foreign package called "tinker"."""
     (tmp_path / "tinker.py").write_text("ServiceClient = 'another'\n")
     return tmp_path
 
@@ -82,7 +82,7 @@ def test_the_official_module_paths_lead_to_the_classes_of_tinkex(
 @pytest.mark.parametrize(
     "module", ["nope", "_client", "types.nope", "lib.nope", "lib.public_interfaces.nope"]
 )
-def test_a_module_without_counterpart_is_not_found(module: str, tmp_path: Path) -> None:
+def test_a_module_without_a_counterpart_is_not_found(module: str, tmp_path: Path) -> None:
     check(
         "try:\n"
         f"    import tinker.{module}\n"
@@ -105,12 +105,12 @@ def test_no_module_is_imported_a_second_time_under_the_other_name(tmp_path: Path
     )
 
 
-def test_installing_twice_is_the_same_as_once(tmp_path: Path) -> None:
+def test_installing_twice_is_the_same_as_installing_once(tmp_path: Path) -> None:
     check("before = list(__import__('sys').meta_path)\n" + INSTALL + "import sys\n"
           "assert sys.meta_path == before\n", tmp_path)  # fmt: skip
 
 
-def test_it_refuses_if_another_tinker_is_already_imported(another_tinker: Path) -> None:
+def test_installing_is_refused_if_another_tinker_is_already_imported(another_tinker: Path) -> None:
     code = (
         "import tinker, tinkex\n"
         "try:\n"
@@ -138,7 +138,7 @@ def test_a_program_runs_as_it_would_by_itself(as_module: bool, tmp_path: Path) -
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
-    (folder / "helper.py").write_text("import tinker\n")  # beside the program
+    (folder / "helper.py").write_text("import tinker\n")  # next to the program
     arguments = ["program.py", "--steps", "-m", "7"]
     if as_module:
         done = python("-m", "tinkex.as_tinker", "-m", "program", *arguments[1:], cwd=folder)
@@ -161,7 +161,7 @@ def test_a_program_runs_as_it_would_by_itself(as_module: bool, tmp_path: Path) -
         (["-m", "tinkex_no_such_module"], 1, "No module named tinkex_no_such_module"),
     ],
 )
-def test_a_program_that_is_not_there_is_an_error(
+def test_a_missing_program_is_an_error(
     arguments: List[str], code: int, message: str, tmp_path: Path
 ) -> None:
     done = python("-m", "tinkex.as_tinker", *arguments, cwd=tmp_path)

@@ -1,6 +1,6 @@
-"""Scripts written for the official SDK run with ``import tinkex as tinker``, in both its styles.
+"""Scripts written for the official SDK run with ``import tinkex as tinker``, in both styles.
 
-tests/interop/test_same_results.py runs them with the official SDK too, and compares.
+tests/interop/test_same_results.py also runs them with the official SDK, and compares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Results = Callable[[str, str], Mapping[str, Any]]
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    """What a script printed in a style; all ran before one server, which is closed again."""
+    """What a script printed in each style; all ran against one server, which is closed by now."""
     outcomes: Dict[Tuple[str, str], Callable[[], Mapping[str, Any]]] = {}
     with LocalServer(load_engine("deterministic", "cpu")) as server:
         for script, style in itertools.product(SCRIPTS, STYLES):
@@ -28,7 +28,7 @@ def results() -> Results:
 
 
 def _outcome(script: str, style: str, url: str) -> Callable[[], Mapping[str, Any]]:
-    """What it printed, or the failure that its own tests are to report."""
+    """Return the script's output, or the failure, for its own tests to report."""
     try:
         printed = run_with_tinkex(script, style, url)
     except AssertionError as failure:
@@ -73,7 +73,7 @@ def test_the_reinforcement_loop_samples_the_weights_of_each_iteration(results: R
     assert len(found["greedy"]) == 6
 
 
-def test_housekeeping_shows_in_the_lists_and_training_resumes_identically(
+def test_checkpoints_appear_in_the_lists_and_training_resumes_identically(
     results: Results,
 ) -> None:
     found = results("checkpoints", "newer")
@@ -101,10 +101,10 @@ def test_housekeeping_shows_in_the_lists_and_training_resumes_identically(
 
 
 @pytest.mark.parametrize("profile", ["skyrl-0.3", "skyrl-0.4", "tuft-0.2", "hatchery-0.3"])
-def test_the_reinforcement_loop_is_the_same_before_servers_of_other_kinds(
+def test_the_reinforcement_loop_is_the_same_on_servers_of_other_kinds(
     results: Results, profile: str
 ) -> None:
-    """JSON or protobuf, strict or not, with metrics or without: the script does not see it."""
+    """JSON or protobuf, strict or not, with metrics or without: the script sees no difference."""
     with ProfiledServer(load_engine("deterministic", "cpu"), profile=profile) as server:
         found = run_with_tinkex("reinforcement", "newer", server.url)
     expected = results("reinforcement", "newer")

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation is what the model has to write, by any template."""
+"""With any chat template, the learnt tokens of a conversation are those the model must write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def all_tokens(datum: Datum) -> List[int]:
 
 
 def learnt(datum: Datum, tokenizer: Any) -> List[str]:
-    """Return the text of each run of learnt tokens, decoded by the tokenizer alone."""
+    """Return the text of each stretch of learnt tokens, decoded by the tokenizer alone."""
     runs: List[List[int]] = []
     before = 0.0
     weights = datum.loss_fn_inputs["weights"].values.tolist()
@@ -46,7 +46,7 @@ def learnt(datum: Datum, tokenizer: Any) -> List[str]:
 def assert_continues_its_prompts(
     datum: Datum, tokenizer: Any, messages: Any, **options: Any
 ) -> None:
-    """Check that before each learnt run stand the tokens that the model is prompted with."""
+    """Check that the tokens before each learnt stretch are the prompt that the model would get."""
     weights = [0.0, *datum.loss_fn_inputs["weights"].values.tolist()]
     starts = [i for i in range(1, len(weights)) if weights[i] and not weights[i - 1]]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -72,7 +72,7 @@ STYLES = [
 
 
 @pytest.mark.parametrize(("template", "end"), STYLES)
-def test_the_replies_and_what_ends_them_are_learnt(template: str, end: str) -> None:
+def test_replies_and_their_end_tokens_are_learnt(template: str, end: str) -> None:
     tokenizer = byte_tokenizer(template)
     messages = chat("Hello", "Hi! 😀", "What's 1+1?", "It's\n\ntwo", "Thanks")
     space = " " if template == templates.PLAIN else ""
@@ -87,7 +87,7 @@ def test_the_replies_and_what_ends_them_are_learnt(template: str, end: str) -> N
     assert "".join(text for text, _ in weighted_tokens(datum, tokenizer)) == text
 
 
-def test_marks_agree_with_what_is_learnt() -> None:
+def test_generation_marks_agree_with_the_learnt_tokens() -> None:
     tokenizer = byte_tokenizer(templates.MARKED)
     calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     messages = [
@@ -125,7 +125,7 @@ def test_a_tokenizer_that_begins_texts_with_a_space_is_split_exactly(contents: A
     assert_continues_its_prompts(datum, tokenizer, messages)
 
 
-def test_a_reply_that_begins_within_a_token_is_encoded_for_itself() -> None:
+def test_a_reply_that_begins_within_a_token_is_encoded_separately() -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     messages = chat("Hello", "\n\nHi", "Go on", "\nBye")
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
@@ -141,13 +141,13 @@ def test_a_reply_that_begins_within_a_token_is_encoded_for_itself() -> None:
     ]
 
 
-def test_a_reply_inside_a_token_is_refused_if_it_cannot_be_encoded_for_itself() -> None:
+def test_a_reply_inside_a_token_is_refused_if_it_cannot_be_encoded_separately() -> None:
     template = templates.MISTRAL.replace("[/INST]", "[/INST] ").replace("{{ ' ' + ", "{{ ")
     with pytest.raises(InvalidInputError, match="begins or ends inside a token"):
         chat_datum(chat("hi", "hello"), spaced_tokenizer(template))
 
 
-def test_reasoning_is_learnt_where_the_template_writes_it() -> None:
+def test_reasoning_is_learnt_if_the_template_writes_it() -> None:
     tokenizer = byte_tokenizer(templates.QWEN3)
     thinking = "<think>\nHm\n</think>\n\nTwo"
     for reply in ({"content": thinking}, {"content": "Two", "reasoning_content": "Hm"}):
@@ -168,7 +168,7 @@ def test_reasoning_is_learnt_where_the_template_writes_it() -> None:
         assert "learn='last'" in str(caught.value)
 
 
-def test_several_messages_after_the_last_of_the_user_keep_their_reasoning() -> None:
+def test_all_messages_after_the_last_user_message_keep_their_reasoning() -> None:
     tokenizer = byte_tokenizer(templates.QWEN3)
     messages = [
         *chat("1+1?", "<think>\nCall\n</think>\n\ncall"),
@@ -183,7 +183,7 @@ def test_several_messages_after_the_last_of_the_user_keep_their_reasoning() -> N
     assert_continues_its_prompts(datum, tokenizer, messages)
 
 
-def test_a_last_message_that_ends_otherwise_is_learnt_alone() -> None:
+def test_a_last_message_with_another_ending_is_learnt_alone() -> None:
     tokenizer = byte_tokenizer(templates.HARMONY)
     start = "<|channel|>final<|message|>"
     found = chat_datum(chat("a", "b", "c", "d"), tokenizer, learn="last")
@@ -197,7 +197,7 @@ def test_a_last_message_that_ends_otherwise_is_learnt_alone() -> None:
     ]
 
 
-def test_a_reply_that_does_not_begin_as_generation_does_is_refused() -> None:
+def test_a_reply_that_does_not_begin_like_the_generation_prompt_is_refused() -> None:
     tokenizer = byte_tokenizer(templates.DEEPSEEK_R1)
     with pytest.raises(InvalidInputError, match="generation prompt has text that it lacks"):
         chat_datum(chat("a", "<think>\nhm\n</think>b"), tokenizer)
@@ -217,9 +217,9 @@ def test_a_switch_may_be_set_in_the_template() -> None:
     assert learnt(chat_datum(chat("a", "b"), tokenizer), tokenizer) == ["b<|endoftext|>"]
 
 
-def test_a_template_that_leaves_out_what_a_message_holds_is_refused() -> None:
+def test_a_template_that_drops_part_of_a_message_is_refused() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    silent = byte_tokenizer(templates.CHATML)  # knows no tools
+    silent = byte_tokenizer(templates.CHATML)  # ignores tools
     with pytest.raises(InvalidInputError, match=r"messages\[1\] .* leaves out its content"):
         chat_datum([*chat("a"), call], silent)
     for_images = byte_tokenizer(
@@ -233,7 +233,7 @@ def test_a_template_that_leaves_out_what_a_message_holds_is_refused() -> None:
     assert learnt(chat_datum(empty, silent), silent) == ["<|im_end|>", "d<|im_end|>"]
 
 
-def test_what_the_template_refuses_is_reported_with_its_words() -> None:
+def test_a_refusal_by_the_template_is_reported_in_its_words() -> None:
     gemma, mistral = byte_tokenizer(templates.GEMMA), spaced_tokenizer(templates.MISTRAL)
     with pytest.raises(InvalidInputError, match="System role not supported") as caught:
         chat_datum(chat("a", "b", system="c"), gemma)
@@ -247,7 +247,7 @@ def test_what_the_template_refuses_is_reported_with_its_words() -> None:
         chat_datum(chat("a", "b"), byte_tokenizer(""))
 
 
-def test_a_first_message_of_the_assistant_is_not_learnt() -> None:
+def test_an_assistant_message_at_the_start_is_not_learnt() -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     messages: List[Dict[str, Any]] = [*chat("", "Welcome", "Hi", "Bye")[1:]]
     with pytest.raises(InvalidInputError, match="no message comes before it"):
@@ -283,7 +283,7 @@ def test_messages_of_weight_0_are_not_learnt() -> None:
     assert learnt(chat_datum(messages, tokenizer, learn="last"), tokenizer) == ["d<|im_end|>"]
 
 
-def test_parts_of_text_are_joined() -> None:
+def test_text_parts_are_joined() -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
     messages = [*chat("a"), {"role": "assistant", "content": parts}]
@@ -312,7 +312,7 @@ pieces = contents | st.sampled_from(
 
 
 @given(st.lists(pieces, min_size=2, max_size=6), contents, st.sampled_from(["all", "last"]))
-def test_any_content_is_learnt_as_it_is(found: List[str], system: str, learn: str) -> None:
+def test_any_content_is_learnt_unchanged(found: List[str], system: str, learn: str) -> None:
     found[1] += "!"
     messages = chat(*found, system=system)
     tokenizer = _CHATML

@@ -55,7 +55,7 @@ def test_a_completion_is_learnt_with_the_end_of_sequence() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["say", "say it", ""])
-def test_the_prompt_begins_as_the_tokenizer_begins_it(prompt: str) -> None:
+def test_a_prompt_begins_with_the_tokenizers_start_token(prompt: str) -> None:
     tokenizer = spaced_tokenizer("")
     datum = completion_datum(prompt, " hello", tokenizer)
     ids = datum.model_input.to_ints()
@@ -69,7 +69,7 @@ def test_the_prompt_begins_as_the_tokenizer_begins_it(prompt: str) -> None:
     ]
 
 
-def test_a_completion_inside_a_token_is_encoded_for_itself() -> None:
+def test_a_completion_inside_a_token_is_encoded_separately() -> None:
     datum = completion_datum("a\n", "\nb", TOKENIZER)
     assert split(datum, TOKENIZER) == ("a\n", "\nb<|im_end|>")
     assert datum.model_input.to_ints()[:2] == TOKENIZER.encode("a\n")
@@ -77,7 +77,7 @@ def test_a_completion_inside_a_token_is_encoded_for_itself() -> None:
         completion_datum("say ", "hello", spaced_tokenizer(""))
 
 
-def test_text_is_learnt_but_for_its_first_token() -> None:
+def test_all_of_a_text_is_learnt_except_its_first_token() -> None:
     datum = text_datum("héllo", TOKENIZER)
     assert split(datum, TOKENIZER) == ("h", "éllo<|im_end|>")
     assert datum == example_datum(Text("héllo"), TOKENIZER)
@@ -91,7 +91,7 @@ def test_text_is_learnt_but_for_its_first_token() -> None:
         text_datum("a", endless)
 
 
-def test_of_a_completion_in_messages_the_completion_is_learnt() -> None:
+def test_a_completion_in_the_form_of_messages_is_learnt() -> None:
     prompt = [USER, reply("2"), {"role": "user", "content": "2+2?"}]
     more = [reply("4"), {"role": "user", "content": "ok"}, reply("bye")]
     datum = example_datum(Completion(prompt, more), TOKENIZER)
@@ -102,11 +102,11 @@ def test_of_a_completion_in_messages_the_completion_is_learnt() -> None:
     assert datum == chat_datum([*prompt, *more], TOKENIZER)
 
 
-def test_a_preference_is_two_datums_of_one_prompt() -> None:
+def test_a_preference_becomes_two_datums_with_the_same_prompt() -> None:
     chosen, rejected = preference_data(Preference(" two", " three", "1+1="), TOKENIZER)
     assert split(chosen, TOKENIZER) == ("1+1=", " two<|im_end|>")
     assert split(rejected, TOKENIZER) == ("1+1=", " three<|im_end|>")
-    thinking = byte_tokenizer(templates.QWEN3)  # earlier messages are not learnt: no matter how
+    thinking = byte_tokenizer(templates.QWEN3)  # earlier messages are not learnt
     head = [USER, reply("2"), USER]
     chosen, rejected = preference_data(Preference([reply("2")], [reply("3")], head), thinking)
     assert split(chosen, thinking)[1] == "<think>\n\n</think>\n\n2<|im_end|>"
@@ -123,7 +123,7 @@ def test_preferences_without_a_prompt_are_learnt_from_where_they_differ() -> Non
     assert split(longer, TOKENIZER) == ("ab", "c<|im_end|>")
 
 
-def test_a_preference_is_no_example_of_one_datum() -> None:
+def test_a_preference_cannot_become_a_single_datum() -> None:
     with pytest.raises(InvalidInputError, match="preference_data"):
         example_datum(Preference("a", "b", "c"), TOKENIZER)
     with pytest.raises(InvalidInputError, match="a dict is not an example"):
@@ -190,7 +190,7 @@ def test_samples_that_cannot_be_trained_on_are_refused(
         sampled_datum(prompt, sampled, advantage)
 
 
-def test_weights_are_shown_only_where_each_token_has_one_target() -> None:
+def test_weights_are_shown_only_if_each_token_has_one_target() -> None:
     plain = Datum(ModelInput.from_ints([65, 66]), {"target_tokens": [66, 67]})
     assert [weight for _, weight in weighted_tokens(plain, TOKENIZER)] == [0, 1, 1]
     for targets in ([66], [[66, 67], [66, 67]]):

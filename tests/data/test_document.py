@@ -1,4 +1,4 @@
-"""docs/data.md: its table of formats, and its code."""
+"""docs/data.md: its table of formats, and its code blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 ROWS = re.findall(r"^\|[^|]*\| `(\{.*\})` \| `(\w+)` \|", PAGE, re.MULTILINE)
 
 
-def test_each_line_of_the_table_of_formats_is_read_as_it_says() -> None:
+def test_each_row_of_the_table_of_formats_is_right() -> None:
     assert len(ROWS) == 6
     tokenizer = byte_tokenizer(MARKED)
     for line, kind in ROWS:

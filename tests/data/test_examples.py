@@ -1,4 +1,4 @@
-"""Records of the usual formats, and what is refused of them."""
+"""Records in the usual formats, and refused records."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_other_records_are_refused_with_the_reason(record: Any, message: str) ->
         parse_example(record)
 
 
-def test_the_form_of_another_library_is_explained() -> None:
+def test_a_format_of_another_library_gets_an_explanation() -> None:
     with pytest.raises(InvalidInputError) as caught:
         parse_example({"messages": [{"from": "human", "value": "a"}]})
     assert "'from' and 'value': rename them" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Files of examples: every line found, every fault reported with its line."""
+"""Files of examples: every line is found, every fault is reported with its line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.errors import InvalidInputError
 
 
 def write(folder: Path, *lines: Any) -> Path:
-    """Write *lines*, bytes as they are and others as JSON, into a file."""
+    """Write *lines* into a file: bytes unchanged, other values as JSON."""
     path = folder / "examples.jsonl"
     encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in encoded))
@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
         open_examples(tmp_path)
 
 
-def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}')
     assert list(open_examples(path)) == [Text("one"), Text("two")]
@@ -119,7 +119,7 @@ def test_no_more_than_five_bad_lines_are_listed(tmp_path: Path) -> None:
         assert "line 6:" not in str(caught.value)
 
 
-def test_a_line_that_is_too_long_is_never_held(
+def test_a_line_that_is_too_long_is_never_held_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex.data.reader.MAX_LINE_BYTES", 64)
@@ -135,7 +135,7 @@ def test_a_line_that_is_too_long_is_never_held(
     assert examples.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_relative_path_is_read_from_another_folder(
+def test_a_relative_path_still_works_after_a_change_of_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, {"text": "fine"})
@@ -161,7 +161,7 @@ def test_examples_are_read_from_several_threads(tmp_path: Path) -> None:
 good = st.fixed_dictionaries({"text": st.text(st.characters(codec="utf-8"), max_size=8)}).map(
     lambda record: json.dumps({"text": "x" + record["text"]}, ensure_ascii=False).encode()
 )
-#: Lines as they are in files: examples, blank lines, and all that goes wrong.
+#: Lines as found in files: examples, blank lines, and every kind of fault.
 line = st.one_of(
     good,
     good,
@@ -177,13 +177,13 @@ line = st.one_of(
     st.booleans(),
     st.booleans(),
 )
-def test_any_file_is_read_as_its_lines_are(
+def test_any_file_is_read_line_by_line(
     lines: List[Tuple[bytes, bytes]], bom: bool, final: bool
 ) -> None:
     content = b"".join(text + end for text, end in lines)
     if not final and content.endswith(b"\n"):
         content = content[:-1]
-    expected = []  # by Python's own reader of JSON
+    expected = []  # by Python's own JSON parser
     bad = 0
     for number, text in enumerate(content.split(b"\n"), 1):
         if text.strip():

@@ -1,4 +1,4 @@
-"""The code blocks of the documentation run, page by page, on one server for all pages."""
+"""The code blocks of the documentation run, page by page, on one server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tinkex.local.engines.deterministic import DeterministicEngine
 
 MODEL = "smollm2-135m"
 
-#: What the blocks of a page import besides the client.  On pages that need torch, the model is a
-#: tiny one; on others the engine is deterministic.
+#: The packages besides the client that the blocks of a page import.  Pages that need torch use a
+#: tiny model; the others use the deterministic engine.
 NEEDS: Dict[str, Tuple[str, ...]] = {
     "README.md": ("torch",),
     "docs/data.md": ("torch",),
@@ -37,12 +37,12 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "docs/tutorials/rl.md": ("torch",),
 }
 PAGES = [page for page in read_pages() if page.of("python")]
-#: Blocks that no test can run: `<!-- test: skip ... -->` in the page.
+#: How many blocks no test can run: `<!-- test: skip ... -->` in the page.
 SKIPPED: Dict[str, int] = {}
 
 
 def installed(module: str) -> bool:
-    with contextlib.suppress(ModuleNotFoundError):  # of its parent
+    with contextlib.suppress(ModuleNotFoundError):  # its parent is missing
         return importlib.util.find_spec(module) is not None
     return False
 
@@ -64,7 +64,7 @@ def reader(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Iterator[None]:
-    """The folder, the environment and the server of a reader who tries the page."""
+    """The folder, the environment and the server of a reader who tries out the page."""
     needs = NEEDS.get(page.name, ())
     missing = [module for module in needs if not installed(module)]
     if missing:
@@ -110,6 +110,6 @@ def test_the_blocks_of_a_page_run(page: Page) -> None:
                 value.close()
 
 
-def test_few_blocks_are_not_run() -> None:
+def test_few_blocks_are_skipped() -> None:
     skipped = {p.name: sum(bool(block.skip) for block in p.blocks) for p in PAGES}
     assert {name: count for name, count in skipped.items() if count} == SKIPPED

@@ -14,7 +14,7 @@ from tinkex.cli.main import cli
 
 
 def command_lines() -> Iterator[Tuple[str, str]]:
-    """Yield where each command is, and the line, without a prompt, a pipe and what is behind."""
+    """Yield the place and the text of each command, without its prompt and from any pipe on."""
     for page in read_pages():
         for block in page.of("sh", "console", "bash"):
             text = block.code.replace("\\\n", "  ")
@@ -34,7 +34,7 @@ def words(line: str) -> List[str]:
 
 
 def check(arguments: List[str]) -> None:
-    """Raise UsageError if the command line does not exist as it is written."""
+    """Raise UsageError if the command or one of its options does not exist."""
     command: click.Command = cli
     context = click.Context(cli, info_name="tinkex")
     while True:
@@ -58,7 +58,7 @@ def check(arguments: List[str]) -> None:
 
 
 @pytest.mark.parametrize(("where", "line"), sorted(set(command_lines())))
-def test_a_command_of_the_documentation_exists(where: str, line: str) -> None:
+def test_a_command_in_the_documentation_exists(where: str, line: str) -> None:
     check(words(line)[1:])
 
 

@@ -1,4 +1,4 @@
-"""The documentation is complete: every page can be found, every public name is explained."""
+"""The documentation is complete: every page can be found, and every public name is documented."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Dict, Iterator, List, Set, Tuple
 import pytest
 from support.pages import DOCS, Page, read_pages
 
-#: Modules that programs import; what begins with an underscore is not theirs.
+#: Modules that programs import; names that begin with an underscore are private.
 MODULES = (
     "tinkex",
     "tinkex.auth",
@@ -37,7 +37,7 @@ def title(page: Page) -> str:
 
 
 def contents() -> Dict[str, str]:
-    """Return the section of index.md that each page is in, by its name below docs/."""
+    """Return the section of index.md that lists each page, by the page's name below docs/."""
     sections = {}
     text = (DOCS / "index.md").read_text(encoding="utf-8")
     for tree in re.findall(r"```\{toctree\}\n(.*?)```", text, re.S):
@@ -55,7 +55,7 @@ def test_every_page_is_in_one_section_of_the_contents() -> None:
     assert set(contents().values()) == {"Start", "Tutorials", "How-to", "Explanation", "Reference"}
 
 
-def test_llms_txt_has_the_form_of_llmstxt_org_and_names_every_page() -> None:
+def test_llms_txt_follows_llmstxt_org_and_names_every_page() -> None:
     text = (DOCS / "llms.txt").read_text(encoding="utf-8")
     head, *sections = re.split(r"^## (.+)\n", text, flags=re.M)
     assert re.match(r"# tinkex\n\n> \S.*\n\n", head)
@@ -82,7 +82,7 @@ def anchors(page: Page) -> Set[str]:
 
 
 def links(page: Page) -> Iterator[Tuple[str, str]]:
-    """Yield the file and the anchor of each link to another page; Sphinx checks images."""
+    """Yield the file and the anchor of each link to a page; Sphinx checks images."""
     for target in re.findall(
         r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", page.path.read_text(encoding="utf-8")
     ):
@@ -92,7 +92,7 @@ def links(page: Page) -> Iterator[Tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", read_pages(), ids=lambda page: page.name)
-def test_the_links_of_a_page_lead_somewhere(page: Page) -> None:
+def test_the_links_of_a_page_have_targets(page: Page) -> None:
     by_path = {other.path: other for other in read_pages()}
     for path, anchor in links(page):
         target = (page.path.parent / path).resolve() if path else page.path
@@ -102,7 +102,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Page) -> None:
 
 
 def public_names(module: ModuleType) -> List[str]:
-    """Return the names that the module offers: those it lists, or its own and re-exported ones."""
+    """Return the module's public names: those it lists, or else its own and re-exported ones."""
     listed = getattr(module, "__all__", None)
     if listed is not None:
         return [name for name in listed if not name.startswith("_")]
@@ -116,7 +116,7 @@ def public_names(module: ModuleType) -> List[str]:
 
 
 def documented() -> Tuple[Set[int], str]:
-    """Return what the directives of docs/api document, by identity, and the pages' text."""
+    """Return the ids of all objects that docs/api documents, and the text of its pages."""
     text = "\n".join(
         page.path.read_text(encoding="utf-8") for page in PAGES if "/api/" in page.name
     )

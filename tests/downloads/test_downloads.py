@@ -58,7 +58,7 @@ URLS = "GET /api/v1/training_runs/run-1/checkpoints/external_weights/out/externa
 
 FILES = {
     "adapter_config.json": b'{"base_model_name_or_path": "base/model", "r": 8}',
-    "adapter_model.safetensors": bytes(range(256)) * 9000,  # several pieces
+    "adapter_model.safetensors": bytes(range(256)) * 9000,  # several chunks
     "sub/empty": b"",
 }
 
@@ -85,7 +85,7 @@ def contents(folder: Path) -> Dict[str, bytes]:
 
 
 class Storage:
-    """A host of files that serves ranges as object stores do, at ``/<name>?signature=<n>``."""
+    """A file host that serves ranges like object stores, at ``/<name>?signature=<n>``."""
 
     def __init__(self, server: ScriptedServer) -> None:
         self.server = server
@@ -119,7 +119,7 @@ class Storage:
         return Answer(206, body[start:], headers, "application/octet-stream")
 
     def cut(self, name: str, after: int, **how: Any) -> Answer:
-        """The complete file, broken off *after* this many bytes."""
+        """Return an answer with the complete file that breaks off *after* this many bytes."""
         headers = {**self.headers, "ETag": self.etags.get(f"/{name}", '"v1"')}
         return Answer(200, self.bodies.get(f"/{name}", TAR), headers, cut_after=after, **how)
 
@@ -138,7 +138,7 @@ def storage() -> Iterator[Storage]:
 
 @pytest.fixture
 def rest(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestClient]:
-    """A client on its own, which retries immediately."""
+    """A client without a session, which retries immediately."""
     monkeypatch.setattr(downloads, "RetryPolicy", functools.partial(RetryPolicy, base_s=0.002))
     monkeypatch.setattr(archives, "BUILDING_PAUSE_S", 0.002)
     with RestClient(base_url=server.url, api_key=KEY, max_outage_s=2.0) as client:
@@ -222,7 +222,7 @@ def test_a_redirect_of_the_host_is_followed(
 # Going on
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(
+def test_a_download_resumes_where_the_connection_broke(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     archived.put("a.tar", TAR, '"v1"', archived.cut("a.tar", 655_360), archived.answer)
@@ -234,7 +234,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(
     assert second.headers["if-range"] == '"v1"'
 
 
-def test_a_download_that_was_cancelled_resumes_in_the_next_call(
+def test_a_cancelled_download_resumes_in_the_next_call(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     cancel, arrived = threading.Event(), threading.Event()
@@ -270,7 +270,9 @@ def test_a_download_that_was_cancelled_resumes_in_the_next_call(
     assert archived.ranges("a.tar") == [None, "bytes=655360-"]
 
 
-def test_ctrl_c_leaves_what_has_come(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_bytes_received_so_far(
+    rest: RestClient, archived: Storage, tmp_path: Path
+) -> None:
     def interrupt(done: int, total: Optional[int]) -> None:
         if done:
             raise KeyboardInterrupt
@@ -302,7 +304,7 @@ def test_closing_the_client_ends_a_download(
 
 
 def interrupted(rest: RestClient, dest: Path, path: str = PATH) -> int:
-    """Break a download off; return how many bytes it has left."""
+    """Interrupt a download; return how many bytes it has stored."""
 
     def stop(done: int, total: Optional[int]) -> None:
         if done:
@@ -313,7 +315,7 @@ def interrupted(rest: RestClient, dest: Path, path: str = PATH) -> int:
     return (part_of(dest) / "archive").stat().st_size
 
 
-def test_another_version_is_fetched_from_its_start(
+def test_a_changed_file_is_fetched_from_the_start(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     interrupted(rest, tmp_path / "x")
@@ -330,7 +332,7 @@ def test_a_host_that_ignores_ranges(rest: RestClient, archived: Storage, tmp_pat
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_bytes_that_nothing_identifies_are_not_built_upon(
+def test_without_a_strong_etag_a_download_starts_over(
     rest: RestClient, archived: Storage, tmp_path: Path, etag: Optional[str]
 ) -> None:
     archived.etags.clear()
@@ -366,7 +368,7 @@ def test_a_complete_file_is_not_fetched_again(
     ],
     ids=["416 of another size", "206 from elsewhere", "206 of anything", "206 of another size"],
 )
-def test_a_range_that_does_not_fit_starts_the_file_over(
+def test_a_wrong_range_starts_the_file_over(
     rest: RestClient, archived: Storage, tmp_path: Path, answer: Answer
 ) -> None:
     assert interrupted(rest, tmp_path / "x") == 65536
@@ -376,7 +378,7 @@ def test_a_range_that_does_not_fit_starts_the_file_over(
     assert contents(tmp_path / "x") == FILES
 
 
-def test_a_host_that_never_sends_what_fits_fails_the_download(
+def test_a_host_that_never_sends_the_right_range_fails_the_download(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     partial = Answer(206, b"xx", {"Content-Range": "bytes 3-4/5"})
@@ -401,7 +403,7 @@ def test_another_checkpoint_does_not_resume_from_this_one(
 # Signatures, outages
 
 
-def test_a_url_that_is_refused_is_signed_anew(
+def test_a_refused_url_is_signed_again(
     rest: RestClient, server: ScriptedServer, archived: Storage, tmp_path: Path
 ) -> None:
     refused = Answer(403, b"<Error><Code>AccessDenied</Code></Error>")
@@ -431,7 +433,7 @@ def test_a_host_that_always_refuses_fails_the_download(
     assert "signature" not in str(caught.value)
 
 
-def test_a_url_about_to_expire_is_signed_anew_before_it_is_used_again(
+def test_a_url_about_to_expire_is_signed_again_before_its_next_use(
     rest: RestClient, server: ScriptedServer, archived: Storage, tmp_path: Path
 ) -> None:
     soon = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
@@ -467,7 +469,7 @@ def test_each_file_of_an_export_is_fetched_with_a_fresh_url(
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
-def test_trouble_of_the_host_is_ridden_out(
+def test_temporary_trouble_of_the_host_is_retried(
     rest: RestClient, archived: Storage, tmp_path: Path, status: int
 ) -> None:
     trouble = Answer(status, b"", {"Retry-After": "0.001"})
@@ -476,7 +478,7 @@ def test_trouble_of_the_host_is_ridden_out(
     assert contents(tmp_path / "x") == FILES
 
 
-def test_an_outage_ends_and_the_error_holds_no_signature(
+def test_a_long_outage_is_an_error_without_the_signature(
     rest: RestClient, server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "tinkex")
@@ -506,7 +508,7 @@ def test_only_web_addresses_are_fetched(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_host_that_cannot_be_trusted_is_reported_immediately(
+def test_an_untrusted_host_is_reported_immediately(
     rest: RestClient, server: ScriptedServer, tmp_path: Path
 ) -> None:
     with ScriptedServer(tls=True) as host:
@@ -524,7 +526,7 @@ def test_a_4xx_of_the_host_is_final(rest: RestClient, archived: Storage, tmp_pat
     assert len(archived.server.requests()) == 1
 
 
-def test_a_digest_that_is_announced_is_checked(
+def test_an_announced_digest_is_checked(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     right = base64.b64encode(hashlib.sha256(TAR).digest()).decode()
@@ -541,7 +543,7 @@ def test_a_digest_that_is_announced_is_checked(
 # The archive's own route
 
 
-def test_a_server_that_builds_the_archive_is_waited_for(
+def test_the_client_waits_for_a_server_that_builds_the_archive(
     rest: RestClient, server: ScriptedServer, archived: Storage, tmp_path: Path
 ) -> None:
     building = Answer(503, {"detail": "building"})
@@ -551,7 +553,7 @@ def test_a_server_that_builds_the_archive_is_waited_for(
     assert len(server.requests(ARCHIVE)) == 6
 
 
-def test_the_servers_wish_decides_how_long_it_is_waited_for(
+def test_retry_after_decides_how_long_the_client_waits_for_the_archive(
     rest: RestClient, server: ScriptedServer
 ) -> None:
     server.on(
@@ -577,10 +579,10 @@ def test_a_server_that_never_finishes_the_archive_fails_the_download(
     assert len(server.requests(ARCHIVE)) == archives.BUILDING_TRIES
 
 
-def test_a_server_that_builds_the_archive_in_silence_is_waited_for_as_long(
+def test_the_client_waits_as_long_for_a_server_that_builds_the_archive_in_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each request outlasts ``max_outage_s`` by itself."""
+    """Each request alone outlasts ``max_outage_s``."""
     clock = ManualClock()
     config = Config("http://a.test")
     transport = Transport(config, clock=clock)
@@ -600,7 +602,7 @@ def test_a_server_that_builds_the_archive_in_silence_is_waited_for_as_long(
 
 
 class JustInTime(APIFuture[str]):
-    """Is settled between the end of a wait and the next look at it."""
+    """A future that is settled between the end of a wait and the next check."""
 
     def result(self, timeout: Optional[float] = None) -> str:
         if not self.done():
@@ -609,13 +611,13 @@ class JustInTime(APIFuture[str]):
         return super().result(timeout)
 
 
-def test_an_export_that_is_done_at_the_end_of_a_wait_is_no_timeout() -> None:
+def test_an_export_that_finishes_at_the_end_of_a_wait_is_not_a_timeout() -> None:
     nothing: Any = None
     download = checkpoints._Download(nothing, nothing, nothing, nothing, nothing)
     assert download._wait(JustInTime("save_weights_external")) == "saved"
 
 
-def test_a_cancel_interrupts_the_wait_for_the_archive(
+def test_cancelling_interrupts_the_wait_for_the_archive(
     rest: RestClient, server: ScriptedServer, tmp_path: Path
 ) -> None:
     cancel = threading.Event()
@@ -632,7 +634,7 @@ def test_a_cancel_interrupts_the_wait_for_the_archive(
     stopper.join()
 
 
-def test_the_archive_url_can_be_had_by_itself(rest: RestClient, server: ScriptedServer) -> None:
+def test_the_archive_url_can_be_requested_alone(rest: RestClient, server: ScriptedServer) -> None:
     headers = {"Location": "/files/a.tar?s=1", "Expires": "Fri, 01 Jan 2100 00:00:00 GMT"}
     server.on(ARCHIVE, Answer(302, headers=headers))
     found = rest.get_checkpoint_archive_url("run-1", "weights/final").result(PATIENCE_S)
@@ -665,7 +667,7 @@ def test_a_sampler_checkpoint_needs_a_server_with_archives(
 # Where it goes
 
 
-def test_what_is_there_is_not_overwritten_unless_asked_to(
+def test_existing_files_are_not_overwritten_unless_requested(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     (tmp_path / "x").mkdir()
@@ -680,7 +682,7 @@ def test_what_is_there_is_not_overwritten_unless_asked_to(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with things in it that come from no checkpoint."""
+    """A folder with files that come from no checkpoint."""
     folder = tmp_path / "project"
     (folder / "data").mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
@@ -691,7 +693,7 @@ def project(tmp_path: Path) -> Path:
 MINE = {"thesis.txt": b"years of work", "data/rows.csv": b"1,2"}
 
 
-def test_overwriting_the_working_directory_leaves_everything_else_in_it(
+def test_overwriting_the_working_directory_keeps_all_other_files(
     rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
@@ -729,7 +731,7 @@ def test_an_interrupted_download_into_a_folder_resumes_in_it(
     assert contents(project) == {**FILES, **MINE}
 
 
-def test_overwriting_fails_as_if_it_had_not_begun(
+def test_a_failed_overwrite_changes_nothing(
     rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project / "adapter_config.json").write_text("old")
@@ -790,7 +792,7 @@ def test_a_hidden_folder_that_is_not_from_a_download_is_left_alone(
     assert contents(tmp_path) == {".x.part/mine": b"keep me"}
 
 
-def test_what_is_there_stays_until_all_has_come(
+def test_existing_files_stay_until_the_download_is_complete(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     (tmp_path / "x").mkdir()
@@ -801,7 +803,9 @@ def test_what_is_there_stays_until_all_has_come(
     assert (tmp_path / "x" / "mine").read_text() == "keep me"
 
 
-def test_an_empty_folder_will_do(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted_as_the_destination(
+    rest: RestClient, archived: Storage, tmp_path: Path
+) -> None:
     (tmp_path / "x").mkdir()
     rest.download_checkpoint(PATH, str(tmp_path / "x"))
     assert contents(tmp_path / "x") == FILES
@@ -824,7 +828,7 @@ def hostile(**facts: Any) -> bytes:
 
 
 def damaged(archive: bytes, at: int) -> bytes:
-    """*archive* with the byte at *at* inverted."""
+    """Return *archive* with the byte at *at* inverted."""
     changed = bytearray(archive)
     changed[at] ^= 0xFF
     return bytes(changed)
@@ -866,7 +870,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_an_archive_that_is_not_what_it_should_be(
+def test_a_damaged_or_malicious_archive_is_refused(
     rest: RestClient, archived: Storage, tmp_path: Path, what: str
 ) -> None:
     archived.put("a.tar", HOSTILE[what])
@@ -879,7 +883,7 @@ def test_an_archive_that_is_not_what_it_should_be(
 
 
 def safetensors(missing: int = 0) -> bytes:
-    """A file of one tensor, without its last *missing* bytes."""
+    """Return a file of one tensor, without its last *missing* bytes."""
     header = b'{"w": {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}}'
     return len(header).to_bytes(8, "little") + header + bytes(1000 - missing)
 
@@ -894,7 +898,7 @@ def safetensors(missing: int = 0) -> bytes:
     ],
     ids=["cut", "too long", "cut in its header", "zeros"],
 )
-def test_weights_that_are_not_complete_are_refused_however_they_come(
+def test_incomplete_weights_are_refused_from_any_source(
     rest: RestClient,
     server: ScriptedServer,
     archived: Storage,
@@ -912,7 +916,7 @@ def test_weights_that_are_not_complete_are_refused_however_they_come(
         assert os.listdir(tmp_path) == []
 
 
-def test_complete_and_encrypted_weights_are_taken(
+def test_complete_and_encrypted_weights_are_accepted(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     name = "adapter_model.safetensors"
@@ -922,7 +926,7 @@ def test_complete_and_encrypted_weights_are_taken(
         assert contents(tmp_path / str(number))[name] == weights
 
 
-def test_what_follows_the_end_of_an_archive_is_bounded(
+def test_data_after_the_end_of_an_archive_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extraction, "SLACK_BYTES", 1000)
@@ -954,7 +958,7 @@ def test_an_archive_has_a_bounded_number_of_files(
         extraction.extract(many, tmp_path / "out")
 
 
-def test_files_are_made_with_plain_permissions(tmp_path: Path) -> None:
+def test_files_are_created_with_plain_permissions(tmp_path: Path) -> None:
     archive = tmp_path / "a.tar"
     archive.write_bytes(hostile(name="setuid", size=1, mode=0o6777, uid=0))
     extraction.extract(archive, tmp_path / "out")
@@ -979,7 +983,7 @@ def saved(trainer: TrainingClient) -> str:
     return trainer.save_state("final").result(PATIENCE_S).path
 
 
-def test_the_embedded_server_hands_out_its_checkpoints(
+def test_checkpoints_of_the_embedded_server_can_be_downloaded(
     service: ServiceClient, trainer: TrainingClient, saved: str, tmp_path: Path
 ) -> None:
     rest = service.create_rest_client()
@@ -995,7 +999,7 @@ def test_the_embedded_server_hands_out_its_checkpoints(
     for name in ("weights", "sampler", "external"):
         assert list(contents(tmp_path / name)) == ["deterministic.json"]
     assert reported[-1] == sum(len(body) for body in contents(tmp_path / "external").values())
-    trainer.save_state("after").result(PATIENCE_S)  # the session goes on
+    trainer.save_state("after").result(PATIENCE_S)  # the session continues
 
 
 def test_a_download_from_the_embedded_server_resumes_too(
@@ -1012,7 +1016,7 @@ def test_a_download_from_the_embedded_server_resumes_too(
     assert contents(tmp_path / "x") == complete
 
 
-def test_a_download_without_room_leaves_nothing_in_its_place_and_can_be_repeated(
+def test_a_download_on_a_full_disk_leaves_nothing_and_can_be_repeated(
     service: ServiceClient, saved: str, tmp_path: Path
 ) -> None:
     rest = service.create_rest_client()
@@ -1024,7 +1028,7 @@ def test_a_download_without_room_leaves_nothing_in_its_place_and_can_be_repeated
 
 
 @pytest.mark.parametrize("profile", ["skyrl-0.3", "tuft-0.2"])
-def test_servers_that_differ_hand_out_theirs(profile: str, tmp_path: Path) -> None:
+def test_checkpoints_of_other_servers_can_be_downloaded(profile: str, tmp_path: Path) -> None:
     key = None if profile.startswith("skyrl") else KEY
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
     with ProfiledServer(engine, profile=profile, api_key=key) as local:
@@ -1033,7 +1037,7 @@ def test_servers_that_differ_hand_out_theirs(profile: str, tmp_path: Path) -> No
             saved = trainer.save_state("final").result(PATIENCE_S).path
             sampler = trainer.save_weights_for_sampler("s").result(PATIENCE_S).path
         with RestClient(base_url=local.url, api_key=key) as rest:
-            if profile == "skyrl-0.3":  # it hands out sampler checkpoints only
+            if profile == "skyrl-0.3":  # it offers archives of sampler checkpoints only
                 with pytest.raises(RouteMissingError):
                     rest.download_checkpoint(saved, tmp_path / "training")
                 assert not (tmp_path / "training").exists()
@@ -1044,7 +1048,7 @@ def test_servers_that_differ_hand_out_theirs(profile: str, tmp_path: Path) -> No
             assert list(contents(tmp_path / "sampler")) == ["deterministic.json"]
 
 
-def test_without_archives_a_training_checkpoint_is_exported_for_the_purpose(
+def test_without_archives_a_training_checkpoint_is_exported_and_downloaded(
     tmp_path: Path,
 ) -> None:
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
@@ -1091,7 +1095,7 @@ def test_a_checkpoint_is_pushed_with_a_model_card(rest: RestClient, pushable: No
     assert not Path(upload["folder_path"]).exists()
 
 
-def test_a_card_that_is_there_is_kept_and_none_is_written_unasked(
+def test_an_existing_model_card_is_kept_and_none_is_written_unasked(
     rest: RestClient, archived: Storage, pushable: None
 ) -> None:
     hub = FakeHub()
@@ -1102,7 +1106,7 @@ def test_a_card_that_is_there_is_kept_and_none_is_written_unasked(
     assert hub.files["README.md"] == b"mine"
 
 
-def test_the_card_shows_the_facts_of_the_files_where_the_server_reports_none(
+def test_the_model_card_takes_its_facts_from_the_files_if_the_server_reports_none(
     rest: RestClient, server: ScriptedServer, pushable: None
 ) -> None:
     server.on("POST /api/v1/weights_info", Answer(404, {"detail": "Not Found"}))
@@ -1127,7 +1131,7 @@ def test_a_pull_request_instead_of_a_push(rest: RestClient, pushable: None) -> N
     assert (upload["allow_patterns"], upload["ignore_patterns"]) == (["*.json"], None)
 
 
-def test_an_error_of_the_hub_is_passed_on_and_nothing_is_left_here(
+def test_an_error_of_the_hub_is_passed_on_and_no_file_is_left(
     rest: RestClient, pushable: None
 ) -> None:
     hub = FakeHub()
@@ -1147,7 +1151,7 @@ def test_without_huggingface_hub_the_error_names_what_to_install(
     assert server.requests() == []
 
 
-def test_the_fake_hub_takes_what_the_real_one_takes() -> None:
+def test_the_fake_hub_accepts_the_arguments_of_the_real_one() -> None:
     hub = pytest.importorskip("huggingface_hub")
     for name in ("create_repo", "create_branch", "upload_folder"):
         real = set(inspect.signature(getattr(hub.HfApi, name)).parameters)

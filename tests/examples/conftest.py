@@ -18,12 +18,12 @@ if importlib.util.find_spec("torch") is None:
 
 @pytest.fixture(scope="module", autouse=True)
 def untraced(untraced_processes: None) -> None:
-    """Most of them import torch."""
+    """Run the examples without coverage, as most of them import torch."""
 
 
 @pytest.fixture(scope="package", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model is made once, away from the user's own cache."""
+    """A cache with the tiny model, made once, apart from the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
         yield

@@ -29,14 +29,14 @@ MODEL = "tiny-random"
 
 @pytest.fixture
 def texts(tmp_path: Path) -> List[str]:
-    """Options that name a short text of one's own."""
+    """Options that name a short text of the user's own."""
     (tmp_path / "train.txt").write_text("ONE, n. A\nnumber.\n\nTWO, n. Another.\n\n\nTHREE, n.\n")
     (tmp_path / "heldout.txt").write_text("FOUR, n. The next.\n\nFIVE, n. And so on.\n")
     return ["--data", str(tmp_path / "train.txt"), "--heldout", str(tmp_path / "heldout.txt")]
 
 
 def ended_by(server: Server) -> List[str]:
-    """Return the reason each session ended for."""
+    """Return the reason for which each session ended."""
     return [re.search(r"ended it: (\w+)", end)[1] for end in server.ends()]  # type: ignore[index]
 
 
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_the_quickstart_and_the_server_in_it(texts, tmp_path):
 @pytest.mark.parametrize(
     "content", [None, b"", b"\xff\xfe\x00"], ids=["missing", "empty", "binary"]
 )
-def test_quickstart_names_data_it_cannot_read(tmp_path, content):
+def test_the_error_of_the_quickstart_names_unreadable_data(tmp_path, content):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -122,7 +122,7 @@ def test_quickstart_names_data_it_cannot_read(tmp_path, content):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_quickstart_names_a_model_the_server_lacks(torch_server, texts):
+def test_the_error_of_the_quickstart_names_a_model_the_server_lacks(torch_server, texts):
     done = run([QUICKSTART, *texts, "--model", "no-such-model", "--base-url", torch_server.url])
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
@@ -163,7 +163,7 @@ def test_examples_are_short_and_have_tests():
 
 def test_sample_prints_the_text_and_ends_its_session(torch_server):
     command = ["-m", "tinkex", "sample", "Once", "--seed", "3", "--max-tokens", "12"]
-    first = run([*command], base_url=torch_server.url)  # the server's one model is found
+    first = run([*command], base_url=torch_server.url)  # the server's only model is found
     assert first.stderr == ""
     assert first.returncode == 0
     again = tinkex(*command[2:], "--base-model", MODEL, base_url=torch_server.url)
@@ -172,7 +172,7 @@ def test_sample_prints_the_text_and_ends_its_session(torch_server):
 
 
 @pytest.mark.parametrize("options", [[], ["--stop", "a"], ["--chat"]], ids=str)
-def test_a_sample_that_is_streamed_is_the_same(torch_server, monkeypatch, options):
+def test_a_streamed_sample_is_the_same(torch_server, monkeypatch, options):
     command = ["sample", "Once", "--seed", "3", "--max-tokens", "40", *options]
     streamed = tinkex(*command, base_url=torch_server.url)
     assert (streamed.returncode, streamed.stderr) == (0, "")
@@ -182,7 +182,7 @@ def test_a_sample_that_is_streamed_is_the_same(torch_server, monkeypatch, option
     assert json.loads(listed.stdout)["sequences"][0]["text"] == streamed.stdout[:-1]
 
 
-def test_a_sample_is_printed_as_it_comes(torch_server, monkeypatch):
+def test_a_sample_is_printed_while_it_is_drawn(torch_server, monkeypatch):
     written = []
     monkeypatch.setattr(
         "tinkex.cli.generate.sys",
@@ -215,7 +215,7 @@ def test_a_chat_replies_to_everything_said_so_far(torch_server, monkeypatch):
     assert ended_by(torch_server) == ["success"] * 3
 
 
-def test_a_stream_that_the_server_refuses_is_an_error(torch_server):
+def test_a_refused_stream_is_an_error(torch_server):
     done = tinkex("sample", "Once", "--max-tokens", "9999", base_url=torch_server.url)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -241,7 +241,7 @@ def test_sample_several_as_json(torch_server):
     ],
     ids=["bad path", "unknown model", "no such checkpoint"],
 )
-def test_sample_names_what_is_wrong(torch_server, options, named):
+def test_the_error_of_sample_names_the_fault(torch_server, options, named):
     done = tinkex("sample", "Once", *options, base_url=torch_server.url)
     assert done.returncode == 1
     assert done.stdout == ""

@@ -21,7 +21,7 @@ pytestmark = [
 
 NOTEBOOK = REPOSITORY / "examples" / "notebook.ipynb"
 
-#: In a process of its own, because nbclient has an event loop and sockets.
+#: Run in its own process, because nbclient has an event loop and sockets.
 EXECUTE = """
 import sys
 import nbclient
@@ -37,11 +37,11 @@ def outputs(cell: Any) -> List[Any]:
     return cell["outputs"] if cell["cell_type"] == "code" else []
 
 
-def test_it_is_kept_without_outputs() -> None:
+def test_the_notebook_is_stored_without_outputs() -> None:
     assert not any(outputs(cell) for cell in json.loads(NOTEBOOK.read_text())["cells"])
 
 
-def test_it_runs_from_the_first_cell_to_the_last(tmp_path: Path) -> None:
+def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path) -> None:
     copy = tmp_path / NOTEBOOK.name
     copy.write_text(
         NOTEBOOK.read_text().replace("smollm2-135m", "tiny-random").replace("2e-3", "1e-2")

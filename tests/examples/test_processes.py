@@ -19,7 +19,7 @@ MODEL = ["--model", "deterministic"]
 
 
 def sessions(fake: FakeServer) -> int:
-    """Return the number of sessions that were created; none of them may live."""
+    """Return how many sessions were created; all must have ended."""
     assert fake.live_sessions() == []
     return len(fake.journal.requests_to("create_session"))
 

@@ -1,8 +1,8 @@
-"""In a normal run the user sees no warning, neither ours nor one of a library below us.
+"""In a normal run the user sees no warning, neither from tinkex nor from the libraries it uses.
 
-Each command runs as a process of its own, with Python's default warnings, before a server with the
-real engine; stderr must be empty.  ``tox -e latest`` runs this with the newest releases of
-everything.  `support.programs.run_example` requires the same of the examples.
+Each command runs in its own process, with Python's default warnings, against a server with the real
+engine; stderr must be empty.  ``tox -e latest`` runs this with the newest releases of all
+dependencies.  `support.programs.run_example` requires the same of the examples.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ pytestmark = pytest.mark.engine
 
 MODEL = "tiny-random"
 
-#: Every command, with arguments it can take on the embedded server, and its exit code there.
+#: Every command, with arguments for the embedded server, and its exit code there.
 COMMANDS: Dict[str, Tuple[str, int]] = {
     "auth login": ("", 1),  # the key comes from stdin, which is empty
     "auth logout": ("", 0),
     "auth status": ("", 0),
     "auth whoami": ("", 1),  # a server without accounts
-    "billing checkpoint-storage": ("", 1),  # a server that costs nothing
+    "billing checkpoint-storage": ("", 1),  # a server without billing
     "billing usage": ("2026-01-01 2026-01-02", 1),
-    "chat": ("--system Hello", 0),  # and nothing is typed
+    "chat": ("--system Hello", 0),  # with nothing typed
     "checkpoint delete": ("{doomed} --yes", 0),
     "checkpoint download": ("{sampler} --output {folder}", 0),
     "checkpoint info": ("{state}", 0),
@@ -47,20 +47,20 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "run info": ("{run}", 0),
     "run list": ("", 0),
     "sample": ("Hello --max-tokens 4", 0),
-    "session export-trace": ("{session}", 1),  # no traces there
+    "session export-trace": ("{session}", 1),  # the server has no traces
     "session info": ("{session}", 0),
     "session list": ("", 0),
     "status": ("", 0),
     "train": ("{chats} --model tiny-random --out {folder}-run", 0),
     "version": ("", 0),
 }
-#: Runs until it is stopped: tests/cli/test_serve.py.
+#: It runs until it is stopped, so tests/cli/test_serve.py tests it.
 ELSEWHERE = {"serve"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing of the user's own is read or written."""
+    """An environment in which none of the user's own files are read or written."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "XDG_CONFIG_HOME", "HF_HOME"):
@@ -70,7 +70,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def url(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a `tinkex serve`, a process like the others."""
+    """The base URL of a `tinkex serve` in a process of its own."""
     folder = str(tmp_path_factory.mktemp("server"))
     serve = ["-m", "tinkex", "serve", "--model", MODEL, "--port", "0", "--data-dir", folder]
     with started(serve) as process:
@@ -85,7 +85,7 @@ def url(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
-    """A run with checkpoints of each kind: what the commands are given."""
+    """Names for the commands' arguments, from a run with checkpoints of each kind."""
     folder = tmp_path_factory.mktemp("names")
     chats = folder / "chats.jsonl"
     chats.write_text("".join(f'{{"prompt": "{i}=", "completion": "{i}"}}\n' for i in range(40)))

@@ -1,6 +1,6 @@
 """Runs the matrix in several processes, prints the table, and fails if a cell is bad.
 
-With ``--results FILE`` a run that was ended continues: cells in that file are not run again.
+With ``--results FILE`` an interrupted run continues: cells in that file are not run again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def one_each(cells: List[Cell]) -> List[Cell]:
-    """Return one cell for each operation and fault, with another request for each fault."""
+    """Return one cell for each operation and fault, varying the request from fault to fault."""
     groups: Dict[Tuple[str, str], List[Cell]] = collections.defaultdict(list)
     for cell in cells:
         groups[cell.operation, cell.fault].append(cell)
@@ -71,7 +71,7 @@ def one_each(cells: List[Cell]) -> List[Cell]:
 
 
 def read_results(file: Optional[Path]) -> Dict[Cell, Verdict]:
-    """Return what an earlier run has kept in *file*."""
+    """Return the verdicts that earlier runs stored in *file*."""
     found: Dict[Cell, Verdict] = {}
     if file is None or not file.exists():
         return found
@@ -95,7 +95,7 @@ def _name(cell: Cell) -> str:
 
 
 def print_table(names: List[str], verdicts: List[Verdict]) -> None:
-    """Print a line for each fault: how each operation ended, over all of its requests."""
+    """Print a line per fault: how each operation ended, over all of its requests."""
     ends: Dict[Tuple[str, str], List[Verdict]] = collections.defaultdict(list)
     for verdict in verdicts:
         ends[verdict.cell.fault, verdict.cell.operation].append(verdict)
@@ -113,7 +113,7 @@ def print_table(names: List[str], verdicts: List[Verdict]) -> None:
 
 
 def requests_of(name: str, verdicts: List[Verdict]) -> List[Target]:
-    """Return the requests of an operation that were struck."""
+    """Return the requests of an operation that faults have struck."""
     return sorted({v.cell.target for v in verdicts if v.cell.operation == name})
 
 

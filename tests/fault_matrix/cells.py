@@ -1,4 +1,4 @@
-"""One cell: an operation with a fault at one of its requests, and what is right or wrong then."""
+"""One cell: an operation with a fault at one of its requests, and the judgement of its outcome."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tinkex import ServiceClient, errors
 from tinkex._transport.server_state import forget_servers
 from tinkex.testing import faults
 
-#: An operation that takes longer hangs.
+#: An operation that takes longer than this counts as hanging.
 MOST_S = 60.0
-#: Threads that were ended may take this long to leave.
+#: Stopped threads may take this long to end.
 GRACE_S = 5.0
 
 HEARTBEAT = "session_heartbeat"
@@ -51,7 +51,7 @@ class Target(NamedTuple):
     """The request of an operation that a fault strikes."""
 
     route: str  # "POST /api/v1/optim_step", with * for ids
-    call: int  # among those to this route
+    call: int  # counts the requests to this route from 1
 
 
 class Cell(NamedTuple):
@@ -64,7 +64,7 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What came of a cell; it is good if *wrong* is empty."""
+    """The outcome of a cell, which is good if *wrong* is empty."""
 
     cell: Cell
     outcome: str
@@ -74,7 +74,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """An operation without a fault: its value, what was executed, and the requests it makes."""
+    """An operation without a fault: its value, the executed work, and the requests it makes."""
 
     value: str
     executed: collections.Counter[str]
@@ -123,25 +123,25 @@ def baseline(name: str) -> Baseline:
 
 
 def cells_of(operation: str, expected: Baseline) -> List[Cell]:
-    """All cells of an operation, which does *expected* without a fault."""
+    """Return all cells of an operation; *expected* is its baseline without a fault."""
     cells = []
     for case in CASES.values():
         if case.route == "heartbeat":
             cells.append(Cell(operation, Target(f"POST /api/v1/{HEARTBEAT}", 1), case.name))
             continue
         for target in expected.targets:
-            later = target.call > 1  # then the kind of the response makes no other difference
+            later = target.call > 1  # there the kind of response makes no further difference
             if later and (case.times != 1 or isinstance(case.fault, faults.Status)):
                 continue
             if target.route.startswith("DELETE ") and case.name == "200 empty":
-                continue  # what a deletion gets that was done: nothing can tell that it was not
+                continue  # looks like the answer to a successful deletion
             if case.route in (None, target.route):
                 cells.append(Cell(operation, target, case.name))
     return cells
 
 
 def run_cell(cell: Cell, expected: Baseline) -> Verdict:
-    """Run a cell, and judge it by what the operation does without a fault."""
+    """Run a cell, and judge it by the operation's baseline."""
     case = CASES[cell.fault]
     wrong: List[str] = []
     before = Leftovers.now()
@@ -155,7 +155,7 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
         outcome = _run(functools.partial(operation.run, world), injection)
         seconds = time.monotonic() - began
         injection.remove()
-        # How often a result is polled depends on the time that the work takes.
+        # Later calls may not happen: the number of polls depends on how long the work takes.
         if not injection.struck and case.route != "heartbeat" and cell.target.call == 1:
             wrong.append("the fault did not strike")
         if outcome is None:
@@ -182,7 +182,7 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
         left = world.service.inflight() if cell.operation != "close" else []
         if left:
             wrong.append(f"futures left: {left}")
-        # Else the exception's frames keep clients alive.
+        # Otherwise the exception's frames keep clients alive.
         summary = "ok" if outcome.error is None else type(outcome.error).__name__
         del outcome, left
     wrong += before.new(GRACE_S)
@@ -192,11 +192,11 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
 def prepare(log_level: int, with_torch: bool) -> None:
     """Begin a process of the pool."""
     logging.disable(log_level)
-    baseline("sample")  # imports nearly everything
+    baseline("sample")  # imports nearly all modules
     if with_torch:
         importlib.import_module("torch")
     gc.collect()
-    gc.freeze()  # collections within cells are fast then
+    gc.freeze()  # makes collections within cells fast
 
 
 def run_one(cell: Tuple[Cell, Baseline]) -> Verdict:
@@ -205,7 +205,7 @@ def run_one(cell: Tuple[Cell, Baseline]) -> Verdict:
 
 
 def _run(function: Callable[[], Any], injection: Any) -> Optional[Outcome]:
-    """Call *function* in a thread; None if it does not end."""
+    """Call *function* in a thread; return None if it does not end."""
     outcomes: List[Outcome] = []
 
     def run() -> None:
@@ -225,9 +225,9 @@ def _run(function: Callable[[], Any], injection: Any) -> Optional[Outcome]:
 
 
 def _use(world: World, case: FaultCase, outcome: Outcome, undone: int) -> List[str]:
-    """Use the client after the fault; return what does not work.
+    """Use the client after the fault; return what no longer works.
 
-    *undone* optimizer steps of the operation were not executed before.
+    *undone* is the number of the operation's optimizer steps that were not executed yet.
     """
     wrong: List[str] = []
     try:
@@ -245,8 +245,8 @@ def _use(world: World, case: FaultCase, outcome: Outcome, undone: int) -> List[s
             steps = world.server.journal.executed_steps(world.trainer)
             world.trainer.train_step([datum()], "cross_entropy", ADAM)
             taken = world.server.journal.executed_steps(world.trainer) - steps
-            # A step without a response is sent again before the next request of the run, and those
-            # that were sent by then are done: of a pipeline, the steps after the one that failed.
+            # A step without a response is resent before the next request of the run, and steps sent
+            # by then are executed: those of a pipeline after the failed one.
             if not 1 <= taken <= 1 + (0 if outcome.error is None else undone):
                 wrong.append(f"a step after it was executed {taken} times")
         if world.sampler is not None:

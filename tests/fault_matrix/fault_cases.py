@@ -10,9 +10,9 @@ from tinkex.testing import faults
 
 #: Statuses after which a request is sent again.
 PASSING = (408, 429, 500, 502, 503, 504)
-#: Statuses that are believed, unless they look like a gateway's.
+#: Statuses that are final, unless they look like a gateway's.
 REFUSALS = (400, 401, 402, 403, 404, 405, 409, 410, 413, 415, 422, 501)
-#: Others of each kind, tried with one body.
+#: Rarer statuses of both kinds, tried with one body only.
 RARE = (302, 406, 451, 505, 520, 529)
 BODIES: Dict[str, Any] = {"JSON": None, "HTML": "<html><h1>Error</h1></html>", "empty": b""}
 
@@ -21,17 +21,17 @@ _UNREADABLE = (errors.ResponseDecodeError,)
 
 @dataclasses.dataclass(frozen=True)
 class FaultCase:
-    """A fault and what may come of it.
+    """A fault and its permitted outcomes.
 
     Attributes:
-        times: it strikes this often; None strikes for ever.
+        times: how often it strikes; None means forever.
         status: errors with this status are right ...
-        errors: ... and errors of these types; without either, only success is.
-        file_errors: like *errors*, where the fault strikes the download of a file.
-        route: it strikes only this route; None strikes whatever the operation requests.
-        ends_session: the session is lost; what follows needs a new one.
-        forgets: the server has lost everything, so that lists are empty.
-        repeats: what the server has lost (a sample) may be done again.
+        errors: ... and errors of these types; without either, only success is right.
+        file_errors: like *errors*, if the fault strikes the download of a file.
+        route: the only route that it strikes; None means every request of the operation.
+        ends_session: the session is lost, and later work needs a new one.
+        forgets: the server has lost everything, so lists are empty.
+        repeats: work whose result was lost (a sample) may be done again.
         settings: of the client.
     """
 
@@ -48,15 +48,15 @@ class FaultCase:
     settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def is_right(self, error: Optional[BaseException], route: str) -> bool:
-        """True if an operation may end with *error*, or with success if that is None.
+        """Return whether an operation may end with *error*, or with success if that is None.
 
-        *route* is what the fault has struck.
+        *route* is the route that the fault struck.
         """
         files = self.file_errors if route.startswith("GET /signed/") else ()
         if error is None or isinstance(error, (*self.errors, *files)):
             return True
         own: Optional[BaseException] = error
-        if isinstance(error, errors.IncompleteGradientError):  # of a batch in several requests
+        if isinstance(error, errors.IncompleteGradientError):  # a batch of several requests
             return error.__cause__ is not None and self.is_right(error.__cause__, route)
         while own is not None:
             if self.status is not None and getattr(own, "status", None) == self.status:
@@ -71,7 +71,7 @@ def _statuses() -> List[FaultCase]:
         for code in (*PASSING, *REFUSALS, *(RARE if name == "JSON" else ())):
             status = code if code in REFUSALS or (code in RARE and code < 500) else None
             extra: Tuple[Type[Exception], ...] = ()
-            if code in (404, 410):  # may mean that the session, or the result, is gone
+            if code in (404, 410):  # the session or the result may be gone
                 extra = (errors.SessionLostError, errors.ResultExpiredError)
             cases.append(
                 FaultCase(

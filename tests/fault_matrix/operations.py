@@ -23,11 +23,11 @@ PROMPT = types.ModelInput.from_ints([5, 6, 7])
 PARAMS = types.SamplingParams(max_tokens=3, stop=[], seed=1)
 #: Of the servers that ask for one.
 KEY = "tml-of-the-fault-matrix"
-#: Datums of a batch, and how many of them one request holds where it takes several.
+#: Datums in a batch, and per request if the batch takes several.
 MANY = 6
 FEW = {"fwdbwd_max_chunk_len": 2}
 
-#: Of every client in the matrix: it gives up before an operation counts as hanging.
+#: Settings of every client in the matrix: it gives up before its operation counts as hanging.
 SETTINGS = {
     "read_timeout_s": 20.0,
     "poll_timeout_s": 20.0,
@@ -42,7 +42,7 @@ def datum(index: int = 1) -> types.Datum:
 
 @dataclasses.dataclass
 class World:
-    """What an operation works with; everything in it was made without a fault."""
+    """The objects that an operation works with, all created without a fault."""
 
     server: FakeServer
     folder: Path
@@ -60,13 +60,13 @@ class World:
 
 
 def with_run(world: World) -> None:
-    """Make a run that has taken a step, with everything negotiated that a run negotiates."""
+    """Create a run that has taken a step, after all that a run negotiates with the server."""
     world.trainer = world.service.create_lora_training_client(MODEL, rank=4, seed=0)
     world.run.train_step([datum()], "cross_entropy", ADAM)
 
 
 def with_torch(world: World) -> None:
-    importlib.import_module("torch")  # on a busy machine it takes longer than the operation may
+    importlib.import_module("torch")  # on a busy machine this takes longer than an operation may
     with_run(world)
 
 
@@ -190,12 +190,12 @@ def lists(world: World) -> Any:
 
 def download(world: World) -> Any:
     rest = world.service.create_rest_client()
-    # A server that builds an archive for minutes responds with 503, too.
+    # A 503 may also mean that the server is building the archive, which can take minutes.
     with mock.patch.object(archives, "BUILDING_PAUSE_S", 0.05):
         folder = rest.download_checkpoint(world.path, world.folder / "downloaded")
     files = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     state = json.loads(files["deterministic.json"])
-    # An export, of a server without archives, has no optimizer state.
+    # The files come from an export if the server lacks archives: then they lack optimizer state.
     return sorted(files), state["lora"], state["steps"]
 
 
@@ -218,10 +218,10 @@ def close(world: World) -> Any:
 
 
 class Operation:
-    """One operation: made ready without a fault, then run with one.
+    """One operation: prepared without a fault, then run with one.
 
     Args:
-        fallback: work that it does besides if the server lacks a route.
+        fallback: additional work that it does if the server lacks a route.
         settings, flags: of the server; with a key in *settings*, clients exchange it for tokens.
     """
 
@@ -247,11 +247,11 @@ class Operation:
         )
 
     def server(self) -> FakeServer:
-        """Make the server that it needs."""
+        """Create the server that it needs."""
         return FakeServer(settings=self._server_settings)
 
     def fallback_to(self, case: FaultCase) -> Sequence[str]:
-        """The work that it may do besides if *case* strikes it."""
+        """Return the additional work that it may do if *case* strikes it."""
         return self._fallback if case.status in ABSENT else ()
 
 

@@ -1,4 +1,4 @@
-"""Cells of the fault matrix: every operation and every fault once, and that a bad cell is found."""
+"""Cells of the fault matrix: every operation and fault once, and proof that a bad cell is found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinkex import errors
 from tinkex.testing import faults
 
 POLL = "POST /api/v1/retrieve_future"
-#: What makes no requests whose results are polled for.
+#: Operations without requests whose results are polled for.
 UNPOLLED = {"construct", "construct, with tokens", "lists", "download", "delete", "close"}
 
 
@@ -27,7 +27,7 @@ def baseline_of(operation: str) -> Baseline:
 
 
 def some() -> Iterator[Tuple[str, str]]:
-    """Yield each fault with the next operation, except those that take seconds to give up."""
+    """Yield each fault with the next operation, except faults that clients retry for seconds."""
     names = itertools.cycle(OPERATIONS)
     for case in CASES.values():
         name = next(names)
@@ -39,7 +39,7 @@ def some() -> Iterator[Tuple[str, str]]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Keep the log of the faults out of the report."""
+    """Keep log messages about the faults out of the report."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
 def test_a_cell_is_good(operation: str, fault: str) -> None:
     expected = baseline_of(operation)
     found = [cell for cell in cells_of(operation, expected) if cell.fault == fault]
-    # Of an operation with several requests, another one for each fault.
+    # If an operation makes several requests, each fault strikes a different one.
     cell = found[len(fault) % len(found)]
     verdict = run_cell(cell, expected)
     assert verdict.wrong == [], cell
@@ -62,7 +62,7 @@ def test_the_matrix_has_all_operations_faults_and_requests() -> None:
     assert {cell.target.route for cell in found} >= {"POST /api/v1/optim_step", POLL}
 
 
-# A matrix that finds nothing wrong has to be able to
+# A matrix that finds nothing wrong must be able to find faults
 
 
 def wrong_with(monkeypatch: pytest.MonkeyPatch, case: FaultCase) -> List[str]:
@@ -76,7 +76,7 @@ def test_a_wrong_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong error: AuthenticationError" in wrong
 
 
-def test_work_that_is_done_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(exchange: Any) -> Any:
         (run_id,) = {exchange.request.json()["model_id"]}
         exchange.server.journal.add_executed(run_id, "optim_step")

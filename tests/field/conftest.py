@@ -1,6 +1,6 @@
-"""Programs of the field, as published, against the embedded server.
+"""Third-party programs, as published, against the embedded server.
 
-They bring many packages, so they have an environment of their own (``tox -e field``); a test of a
+They need many packages, so they have their own environment (``tox -e field``); the test of a
 program that is not installed is skipped.
 """
 

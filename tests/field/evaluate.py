@@ -1,6 +1,6 @@
 """Scores the base model with two evaluators of the cookbook, and prints the scores as JSON.
 
-It imports ``tinker``, as a user's program does; TINKER_BASE_URL is the server.
+It imports ``tinker``, like a user's program; TINKER_BASE_URL names the server.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A folder that the cookbook's recipes find their models and data sets in, by their names.
+"""A folder in which the cookbook's recipes find their models and data sets by name.
 
 `write_data` writes the data sets; running this file writes the model: two layers, a byte-level
-tokenizer with Qwen's markup, and a few answers learnt by heart, so that programs which grade what
-it says have something to grade.  It runs with either client, for the cookbook's own renderers::
+tokenizer with Qwen's markup, and a few answers learnt by heart, so that programs that grade its
+answers have something to grade.  It needs the cookbook's renderers, which work with either client::
 
     python -m tinkex.as_tinker tests/field/small_world.py FOLDER
 """
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple
 
-#: The model that a recipe without an option for it asks for; all of them use it here.
+#: The model that a recipe without a model option requests; here all recipes use it.
 MODEL = "Qwen/Qwen3.6-35B-A3B"
-#: Renders a prompt that asks for an answer without reasoning.
+#: The renderer for answers without reasoning.
 NO_THINKING = "qwen3_5_disable_thinking"
-#: What the cookbook recommends for MODEL: the answer follows some reasoning.
+#: The renderer that the cookbook recommends for MODEL: an answer follows some reasoning.
 THINKING = "qwen3_5"
 
 _WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -29,7 +29,7 @@ CAPITALS = {"France": "Paris", "Germany": "Berlin", "Italy": "Milan"}
 #: Question of the benchmark, the right answer, and the model's.
 BENCHMARK = [("Two and two?", 4, 4), ("Two and five?", 7, 7), ("Ten and six?", 16, 16)]
 BENCHMARK += [("Nine and three?", 12, 13)]
-#: Question of the training data, and the right answer, which the model gives half of the time.
+#: Question of the training data, and the right answer, which the model gives half the time.
 EXERCISES = [(f"Twice {number}?", 2 * number) for number in range(1, 5)]
 
 
@@ -79,7 +79,7 @@ configs:
 
 
 def write_data(folder: Path) -> None:
-    """Write the data sets, as a model hub has them, and the sentences to be labelled."""
+    """Write the data sets in the form of a model hub, and the sentences to be labelled."""
     texts = {
         name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in _rows().items()
     }
@@ -92,13 +92,13 @@ def write_data(folder: Path) -> None:
 
 # --- The model ---------------------------------------------------------------------------------
 
-#: A layer sees this many tokens, and two layers twice as many: what is earlier does not matter.
+#: A layer sees this many tokens, two layers twice as many; earlier tokens do not matter.
 _WINDOW = 64
 _MARKUP = ["<think>", "</think>"]
 
 
 class Lesson(NamedTuple):
-    """What the model is to say after *messages*, rendered by *renderer*."""
+    """What the model must say after *messages*, rendered by *renderer*."""
 
     messages: List[Dict[str, str]]
     renderer: str
@@ -122,14 +122,14 @@ def _lessons() -> Iterator[Lesson]:
         yield Lesson(asked(prompt), NO_THINKING, f"Final Answer: {label}")
     for question, _, answer in BENCHMARK:
         yield Lesson(asked(question), NO_THINKING, f"\\boxed{{{answer}}}")
-    # Right in half of the cases, so that the advantages of a group differ.
+    # Right in half the cases, so that the advantages of a group differ.
     suffix = " Provide a numerical answer without units, written inside \\boxed{}."
     for question, right in EXERCISES:
         for answer in (right, right + 1):
             yield Lesson(
                 asked(question + suffix), THINKING, f"Easy.\n</think>\n\n\\boxed{{{answer}}}"
             )
-    pairs = np.random.RandomState(0)  # as the recipe seeds its first batch
+    pairs = np.random.RandomState(0)  # the seed of the recipe's first batch
     for _ in range(4):
         x, y = pairs.randint(0, 101), pairs.randint(0, 101)
         few_shot = ArithmeticEnv.standard_fewshot_prefix()
@@ -138,7 +138,7 @@ def _lessons() -> Iterator[Lesson]:
 
 
 def write_model(folder: Path) -> None:
-    """Write the model and its tokenizer, after it has learnt its lessons."""
+    """Teach the model its lessons, and write it and its tokenizer."""
     import torch
     from tinker_cookbook import renderers
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM

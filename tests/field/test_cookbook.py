@@ -1,9 +1,9 @@
 """Recipes of the published cookbook, with tinkex as ``tinker`` and with the official SDK.
 
-They run as processes, against ``tinkex serve`` with a model of two layers.  What does not depend on
-random samples is the same for both clients: the recipes start from one checkpoint, since the
-weights of a new adapter are random.  Models and data sets are folders in the current one, where the
-libraries of the cookbook look for their names before they ask a hub.
+They run as processes, against ``tinkex serve`` with a model of two layers.  Results that do not
+depend on random samples are the same for both clients: the recipes start from one checkpoint, since
+the weights of a new adapter are random.  Models and data sets are folders in the current folder,
+where the cookbook's libraries look for their names before they contact a hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytest.importorskip("torch")
 if importlib.util.find_spec("tinker_cookbook") is None:
     pytest.skip("the cookbook is not installed", allow_module_level=True)
 
-#: How a program is run with each client.
+#: The command that runs a program with each client.
 CLIENTS = {"tinkex": ["-m", "tinkex.as_tinker"], "official": []}
 TESTS = Path(__file__).resolve().parents[1]
 #: On a busy machine with two cores, a recipe of seconds takes minutes.
@@ -38,12 +38,12 @@ RECIPES = "tinker_cookbook.recipes"
 
 
 def read_lines(path: Path) -> List[Any]:
-    """Return the values of a file with one JSON value a line."""
+    """Return the values of a file with one JSON value per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Run(NamedTuple):
-    """A recipe that has run."""
+    """A finished run of a recipe."""
 
     printed: str
     folder: Path
@@ -54,7 +54,7 @@ class Run(NamedTuple):
         return [{name: row[name] for name in names} for row in rows if set(names) <= set(row)]
 
     def checkpoint(self) -> Dict[str, Any]:
-        """Return what the recipe noted about its last checkpoint."""
+        """Return what the recipe recorded about its last checkpoint."""
         last: Dict[str, Any] = read_lines(self.folder / "checkpoints.jsonl")[-1]
         assert last["name"] == "final"
         return last
@@ -113,14 +113,14 @@ class World(NamedTuple):
         return [self.recipe(client, module, *options) for client in CLIENTS]
 
     def logprobs(self, path: str) -> List[float]:
-        """Return the logprobs of a few tokens by the sampler's weights at *path*."""
+        """Return the logprobs of a few tokens with the sampler weights at *path*."""
         prompt = types.ModelInput.from_ints(list(range(60, 80)))
         with connected(self.url) as service:
             found = service.create_sampling_client(model_path=path).compute_logprobs(prompt)
             return [value for value in found.result() if value is not None]
 
     def assert_it_loads(self, run: Run) -> None:
-        """Check that a run can go on from the last checkpoint, with its optimizer."""
+        """Check that a run can continue from the last checkpoint, with its optimizer."""
         path = run.checkpoint()["state_path"]
         with connected(self.url) as service:
             training = service.create_training_client_from_state_with_optimizer(path)
@@ -147,7 +147,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two lists of metrics are the same, but for the last digits of a float32."""
+    """Return whether two lists of metrics are equal up to the last digits of a float32."""
     return len(first) == len(second) > 0 and all(
         one == pytest.approx(other, rel=1e-4, abs=1e-6) for one, other in zip(first, second)
     )
@@ -206,7 +206,7 @@ def test_prompt_distillation_labels_the_same_and_learns_the_same(world: World) -
         chats = [row["messages"] for row in read_lines(output)]
         labelled.append({chat[0]["content"]: chat[1]["content"] for chat in chats})
     assert labelled == [small_world.SENTENCES, small_world.SENTENCES]
-    # Both train on one file: the sentences of the others may come in another order.
+    # Both train on one file, because other files may have the sentences in another order.
     options = [f"file_path={world.folder / 'labels.tinkex.jsonl'}", "batch_size=2", "num_epochs=2"]
     options += ["learning_rate=0.003", f"load_checkpoint_path={world.start}"]
     runs = world.both("prompt_distillation.train", *options, f"renderer_name={NO_THINKING}")
@@ -214,7 +214,7 @@ def test_prompt_distillation_labels_the_same_and_learns_the_same(world: World) -
 
 
 def assert_learnt_from_rewards(world: World, run: Run, reward: str, steps: int) -> None:
-    """Check that rewards of random samples are what they can be, and that steps were made."""
+    """Check that rewards of random samples have possible values, and that steps were made."""
     rewards = [row[reward] for row in run.metrics(reward)]
     assert len(rewards) == steps
     assert all(0.0 <= value <= 1.0 for value in rewards)
@@ -238,7 +238,7 @@ def test_math_rl_learns_from_rewards(world: World, client: str) -> None:
     options += [f"renderer_name={NO_THINKING}", f"load_checkpoint_path={world.start}"]
     run = world.recipe(client, "math_rl.train", *options, "loss_fn=gspo")
     assert_learnt_from_rewards(world, run, "env/all/reward/total", steps=1)
-    # The logprobs of sampling and of training are those of the same weights.
+    # Sampling and training compute logprobs with the same weights.
     (difference,) = run.metrics("optim/kl_sample_train_v2")
     assert abs(difference["optim/kl_sample_train_v2"]) < 1e-6
 
@@ -248,7 +248,7 @@ def test_on_policy_distillation_follows_the_teacher(world: World, client: str) -
     options = ["dataset=tulu3", "groups_per_batch=2", "group_size=2", "max_steps=1"]
     options += ["max_tokens=8", f"teacher_model={MODEL}", f"load_checkpoint_path={world.start}"]
     run = world.recipe(client, "distillation.on_policy_distillation", *options)
-    # The student starts as the teacher.
+    # The student starts as a copy of the teacher.
     (divergence,) = run.metrics("teacher_kl")
     assert divergence["teacher_kl"] == pytest.approx(0.0, abs=1e-4)
     assert run.checkpoint()["state_path"].startswith("tinker://")

@@ -1,6 +1,6 @@
 """lm-evaluation-harness, as published: it scores a checkpoint before and after training.
 
-Its model `local-completions` takes the log-likelihoods of given answers from the OpenAI-compatible
+Its model `local-completions` gets the log-likelihoods of given answers from the OpenAI-compatible
 endpoint.  The task and its data are made here; nothing comes from a hub.
 """
 
@@ -62,7 +62,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def score(server: LocalServer, model: str, tokenizer: str, tasks: Path) -> float:
-    """Run the harness as its users do, in a process of its own; return the accuracy."""
+    """Run the harness as users do, in its own process; return the accuracy."""
     output = tasks.parent / "results"
     arguments = {
         "model": model,
@@ -102,7 +102,9 @@ def datums(tokenizer: Any) -> List[types.Datum]:
     return made
 
 
-def test_it_scores_a_checkpoint_before_and_after_training(server: LocalServer, tasks: Path) -> None:
+def test_the_harness_scores_a_checkpoint_before_and_after_training(
+    server: LocalServer, tasks: Path
+) -> None:
     with ServiceClient(base_url=server.url, api_key=KEY) as service:
         training = service.create_lora_training_client(base_model=MODEL, rank=32)
         tokenizer = training.get_tokenizer()

@@ -30,7 +30,7 @@ def test_models(client: Any, server: LocalServer) -> None:
     assert client.models.retrieve(MODEL).id == MODEL
 
 
-def test_the_hosted_services_path(server: LocalServer) -> None:
+def test_the_path_of_the_hosted_service(server: LocalServer) -> None:
     import openai
 
     with openai.OpenAI(base_url=f"{server.url}/oai/api/v1", api_key=KEY) as hosted:

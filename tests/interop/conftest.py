@@ -1,8 +1,8 @@
-"""A server of tinkex's in a process of its own, and a recorder before it.
+"""A tinkex server in its own process, with a recorder in front of it.
 
-TINKEX_INTEROP_PYTHON is the interpreter of the environment that has tinkex and what its server
-needs (by default the one that runs the tests); TINKEX_INTEROP_MODEL the model it serves
-(``deterministic`` by default).  TINKEX_INTEROP_URL names a server that runs already instead.
+TINKEX_INTEROP_PYTHON is the interpreter of the environment that has tinkex and the server's
+dependencies (by default the one that runs the tests); TINKEX_INTEROP_MODEL is the model to serve
+(``deterministic`` by default).  TINKEX_INTEROP_URL names a running server to use instead.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PYTHON = os.environ.get("TINKEX_INTEROP_PYTHON", sys.executable)
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# Read when the official client is imported; what it would send is looked at by one test only.
+# Read when the official client is imported; only one test looks at its telemetry.
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 
 def serving(folder: Path, *options: str) -> ContextManager[str]:
-    """``tinkex serve`` on a free port; its URL."""
+    """Run ``tinkex serve`` on a free port; yield its URL."""
     return tinkex_serve(folder, *options, model=MODEL, python=PYTHON)
 
 
@@ -49,7 +49,7 @@ def recorder(base_url: str) -> Iterator[Recorder]:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """The official client warns, and lets go of sockets without closing them: not our concern."""
+    """Ignore the official client's warnings and unclosed sockets."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_official_client_leaves_open_is_not_ours() -> Iterator[None]:
-    """Collected while no test runs, its sockets would warn."""
+    """Collect garbage here: the official client's sockets would warn if collected between tests."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

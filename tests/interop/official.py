@@ -1,4 +1,4 @@
-"""The official client of this environment, which may be one of several."""
+"""The official client in this environment, which may have one of several releases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def official(release: str) -> Any:
-    """The package ``tinker``, if it is of *release*; else the module that asks is skipped."""
+    """Return the package ``tinker`` if it has *release*; else skip the calling module."""
     try:
         found = version("tinker")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Recorder: a proxy before a server that writes down what passes, and can change or drop it.
+"""Recorder: a proxy in front of a server that records the traffic, and can change or drop it.
 
 Standard library only: it runs in the environment of the client under test.
 """
@@ -16,10 +16,10 @@ from support.scripted_server import Answer, Received, ScriptedServer
 
 API = "/api/v1/"
 
-#: What a test may do to an answer: status, headers, body -> the body to pass on.
+#: How a test may change an answer: status, headers, body -> the body to pass on.
 Change = Callable[[bytes], bytes]
 
-#: Headers of a response that are the connection's own.
+#: Response headers that belong to the connection.
 _HOP_BY_HOP = ("content-length", "connection", "transfer-encoding", "date", "server")
 
 
@@ -40,12 +40,12 @@ class Exchange:
 
 
 class Recorder(ScriptedServer):
-    """Listens on loopback and passes everything on to the server at *url*."""
+    """Listens on loopback and forwards everything to the server at *url*."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._target = (parts.hostname or "", parts.port or 80)
-        # Guards the four below.
+        # Guards the four attributes below.
         self._lock = threading.Lock()
         self._exchanges: List[Exchange] = []
         self._changes: Dict[str, Change] = {}
@@ -54,7 +54,7 @@ class Recorder(ScriptedServer):
         super().__init__()
 
     def change(self, route: str, change: Change) -> None:
-        """Pass the answers of *route* on as *change* makes them."""
+        """Pass on the answers of *route* as changed by *change*."""
         with self._lock:
             self._changes[route] = change
 
@@ -68,7 +68,7 @@ class Recorder(ScriptedServer):
         self.change("client/dynamic_config", changed)
 
     def drop(self, route: str, times: int = 1) -> None:
-        """Have the server do the next *times* requests of *route*, and lose the answers."""
+        """Let the server execute the next *times* requests of *route*, and lose the answers."""
         with self._lock:
             self._drops[route] = times
 
@@ -91,7 +91,7 @@ class Recorder(ScriptedServer):
         connection = http.client.HTTPConnection(*self._target, timeout=120)
         try:
             connection.connect()
-        except OSError:  # the server is gone; so let the client believe
+        except OSError:  # the server is gone, and so the client sees a lost connection
             return Answer(drop=True)
         with self.tracked(connection.sock):
             sent = {k: v for k, v in received.headers.items() if k not in ("host", "connection")}

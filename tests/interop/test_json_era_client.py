@@ -1,7 +1,7 @@
 """The official client 0.24.1, of the JSON era, against the embedded server: two black boxes.
 
-Creators return clients, passes are JSON, ``forward`` is a route of its own, and a run from a
-checkpoint is made in three steps.  Sampling results are asked for in either encoding.
+Creators return clients, passes are JSON, ``forward`` is a separate route, and a run from a
+checkpoint is created in three steps.  Sampling results are requested in either encoding.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def train(trainer: Any, steps: int) -> List[float]:
 
 
 def sent(recorder: Recorder, route: str) -> Any:
-    """The one body that was sent to *route*."""
+    """Return the only body that was sent to *route*."""
     (one,) = recorder.exchanges(route)
     assert one.headers["content-type"] == "application/json"
     return one.json()
 
 
-def test_it_is_recognized_by_what_it_sends(service: Any, trainer: Any, recorder: Recorder) -> None:
+def test_the_client_is_recognized_by_its_requests(
+    service: Any, trainer: Any, recorder: Recorder
+) -> None:
     bodies = [one.json() for one in recorder.exchanges("client/config")]
     assert {"sdk_version": tinker.__version__} in bodies
     assert len({json.dumps(one) for one in bodies}) == 1
@@ -65,8 +67,8 @@ def test_it_is_recognized_by_what_it_sends(service: Any, trainer: Any, recorder:
 
 
 @pytest.mark.parametrize("results_in", ["application/json", "application/x-protobuf"])
-def test_it_trains_in_json(trainer: Any, recorder: Recorder, results_in: str) -> None:
-    if results_in == "application/json":  # as a server answers that knows nothing else
+def test_the_client_trains_in_json(trainer: Any, recorder: Recorder, results_in: str) -> None:
+    if results_in == "application/json":  # like a server that knows no other encoding
         recorder.accept_only(results_in)
     losses = train(trainer, 4)
     assert losses[-1] < losses[0]
@@ -81,7 +83,7 @@ def test_it_trains_in_json(trainer: Any, recorder: Recorder, results_in: str) ->
     assert accepted.split(", ") == ["application/x-protobuf", "application/json"]
 
 
-def test_forward_is_a_route_of_its_own(trainer: Any, recorder: Recorder) -> None:
+def test_forward_is_a_separate_route(trainer: Any, recorder: Recorder) -> None:
     output = trainer.forward([datum()], "cross_entropy").result()
     logprobs = output.loss_fn_outputs[0]["logprobs"].to_numpy()
     assert logprobs.shape == (len(TOKENS) - 1,)
@@ -106,7 +108,7 @@ def test_reinforcement_losses_run(trainer: Any, loss: str) -> None:
     assert result.loss_fn_outputs[0]["logprobs"].tolist() == pytest.approx(before.tolist())
 
 
-def test_a_run_from_a_checkpoint_is_made_in_three_steps(
+def test_a_run_from_a_checkpoint_is_created_in_three_steps(
     service: Any, trainer: Any, recorder: Recorder
 ) -> None:
     train(trainer, 2)
@@ -159,7 +161,7 @@ def test_samples_and_their_logprobs(
     assert [len(row) for row in again.topk_prompt_logprobs[1:]] == [2] * (len(TOKENS) - 1)
 
 
-def test_many_samples_at_once(trainer: Any) -> None:
+def test_many_concurrent_samples(trainer: Any) -> None:
     sampler = trainer.save_weights_and_get_sampling_client()
     asked = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
     futures = [sampler.sample(PROMPT, 1, asked) for _ in range(64)]
@@ -174,7 +176,7 @@ def test_samples_of_the_base_model(service: Any) -> None:
     assert len(sampler.sample(PROMPT, 1, asked).result().sequences[0].tokens) == 4
 
 
-def test_housekeeping(service: Any, trainer: Any) -> None:
+def test_checkpoint_management(service: Any, trainer: Any) -> None:
     rest = service.create_rest_client()
     run_id = trainer.get_info().model_id
     path = trainer.save_state("kept").result().path
@@ -207,7 +209,7 @@ def test_the_archive_of_a_checkpoint_has_a_signed_url(service: Any, trainer: Any
             assert [one for one in archive if one.isfile()]
 
 
-def test_a_bad_request_fails_and_the_run_goes_on(trainer: Any) -> None:
+def test_a_bad_request_fails_and_the_run_continues(trainer: Any) -> None:
     with pytest.raises(tinker.TinkerError, match="nonsense"):
         trainer.forward_backward([datum()], "nonsense").result()
     train(trainer, 1)
@@ -221,7 +223,7 @@ FLAGS = (
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags))
-def test_what_flags_make_it_send_is_understood(
+def test_requests_caused_by_flags_are_understood(
     recorder: Recorder, trainer: Any, flags: Any
 ) -> None:
     expected = trainer.forward([datum()], "cross_entropy").result()
@@ -243,8 +245,8 @@ def test_what_flags_make_it_send_is_understood(
         assert binary == ["forward_backward"] * len(flags)
 
 
-def test_lost_responses_are_made_up_for(trainer: Any, recorder: Recorder) -> None:
-    """The server has done the work; the client asks again under the same number."""
+def test_lost_responses_are_recovered(trainer: Any, recorder: Recorder) -> None:
+    """The server has done the work; the client repeats the request with the same number."""
     expected = train(trainer, 3)
     base = trainer.get_info().model_data.model_name
     service = tinker.ServiceClient(base_url=recorder.url, api_key="tml-local")
@@ -255,7 +257,7 @@ def test_lost_responses_are_made_up_for(trainer: Any, recorder: Recorder) -> Non
     assert len([one for one in recorder.exchanges() if one.status == 0]) == 3
 
 
-def test_telemetry_is_taken(base_url: str) -> None:
+def test_telemetry_is_accepted(base_url: str) -> None:
     import os
     import subprocess
     import sys

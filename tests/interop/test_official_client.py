@@ -1,6 +1,6 @@
 """The official client 0.38, as published, against the embedded server: two black boxes.
 
-``tox -e interop`` runs it.  By hand, in an environment that has the package ``tinker`` and pytest::
+``tox -e interop`` runs it.  To run it by hand, in an environment with ``tinker`` and pytest::
 
     python -m venv interop && interop/bin/python -m pip install tinker==0.38.0 pytest
     TINKEX_INTEROP_PYTHON=python interop/bin/python -m pytest tests/interop
@@ -67,7 +67,7 @@ def test_training_lowers_the_loss(trainer: Any) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_forward_answers_logprobs_of_each_datum(trainer: Any) -> None:
+def test_forward_returns_logprobs_of_each_datum(trainer: Any) -> None:
     output = trainer.forward([datum(), datum()], "cross_entropy").result()
     logprobs = [one["logprobs"].to_numpy() for one in output.loss_fn_outputs]
     assert [one.shape for one in logprobs] == [(len(TOKENS) - 1,)] * 2
@@ -92,13 +92,13 @@ def test_reinforcement_losses_run(trainer: Any) -> None:
         assert trainer.forward_backward([example], loss).result().loss_fn_outputs
 
 
-def test_a_batch_in_many_chunks_comes_back_whole(trainer: Any) -> None:
-    data = [datum() for _ in range(1500)]  # more than one request holds
+def test_a_batch_in_many_chunks_gives_a_complete_result(trainer: Any) -> None:
+    data = [datum() for _ in range(1500)]  # more than fit into one request
     output = trainer.forward(data, "cross_entropy").result()
     assert len(output.loss_fn_outputs) == 1500
 
 
-def test_a_bad_request_fails_and_the_run_goes_on(trainer: Any) -> None:
+def test_a_bad_request_fails_and_the_run_continues(trainer: Any) -> None:
     with pytest.raises(tinker.TinkerError, match="nonsense"):
         trainer.forward_backward([datum()], "nonsense").result()
     train(trainer, 1)
@@ -186,7 +186,7 @@ def test_runs_and_checkpoints_are_listed_and_deleted(service: Any, trainer: Any)
     assert "sampler_weights/listed" in listed()
 
 
-def test_sessions_are_listed_with_what_they_made(service: Any, trainer: Any) -> None:
+def test_sessions_are_listed_with_their_runs_and_samplers(service: Any, trainer: Any) -> None:
     rest = service.create_rest_client()
     run_id = trainer.get_info().model_id
     session_id = run_id.partition(":")[0]

@@ -1,6 +1,6 @@
-"""The official client with the server's flags on: pollers, clones, cancels, and the rest API.
+"""The official client with the server's flags on: batch polls, clones, cancels, and the REST API.
 
-Run as tests/interop/test_official_client.py says.
+tests/interop/test_official_client.py says how to run it.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def sample(sampler: Any, tokens: int = 4, **changes: Any) -> Any:
     return sampler.sample(types.ModelInput.from_ints(TOKENS), 1, asked)
 
 
-def test_two_hundred_samples_come_through_one_poller(base_url: str, service: Any) -> None:
+def test_two_hundred_samples_share_one_poller(base_url: str, service: Any) -> None:
     sampler = service.create_sampling_client(base_model="deterministic").result()
     before = calls(base_url)
     futures = [sample(sampler, seed=number) for number in range(200)]
@@ -122,7 +122,7 @@ def test_two_hundred_samples_come_through_one_poller(base_url: str, service: Any
     assert after["retrieve_futures"] >= 1
 
 
-def test_a_restored_sampler_is_a_clone_with_results_of_its_own(base_url: str, service: Any) -> None:
+def test_a_restored_sampler_is_a_clone_with_its_own_results(base_url: str, service: Any) -> None:
     sampler = service.create_sampling_client(base_model="deterministic").result()
     clone = pickle.loads(pickle.dumps(sampler))
     first, second = sample(sampler, seed=3), sample(clone, seed=3)
@@ -133,7 +133,7 @@ def test_a_restored_sampler_is_a_clone_with_results_of_its_own(base_url: str, se
 def test_a_cancelled_sample_is_cancelled_on_the_server(base_url: str, service: Any) -> None:
     sampler = service.create_sampling_client(base_model="deterministic").result()
     future = sample(sampler, tokens=30_000)
-    sample(sampler).result(60)  # the long one was submitted before
+    sample(sampler).result(60)  # the long sample was submitted before this one
     future.future().cancel()
     with pytest.raises(CancelledError):
         future.result(5)
@@ -202,5 +202,5 @@ def test_sessions_are_searched_and_assigned(service: Any, trainer: Any) -> None:
     assert found.sessions[0].display_name == "flags"
 
 
-def test_telemetry_is_taken(base_url: str, trainer: Any) -> None:
+def test_telemetry_is_accepted(base_url: str, trainer: Any) -> None:
     assert calls(base_url, until="telemetry")["telemetry"] >= 1

@@ -21,7 +21,7 @@ PROMPT = types.ModelInput.from_ints(TOKENS)
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Recorder]:
-    """Before a server that asks for a key."""
+    """A recorder in front of a server that requires a key."""
     with serving(tmp_path, "--api-key", "tml-local") as url, Recorder(url) as found:
         yield found
 
@@ -93,7 +93,7 @@ def test_a_token_that_the_server_calls_invalid_is_exchanged_once_more(
     assert {one.status for one in recorder.exchanges("auth/token")} == {200}
 
 
-def test_batches_come_compressed(recorder: Recorder) -> None:
+def test_batches_are_compressed(recorder: Recorder) -> None:
     with open_service(recorder) as service:
         expected = train(new_trainer(service), 2)
     recorder.set_flags(proto_compress_fwdbwd=True)
@@ -106,7 +106,7 @@ def test_batches_come_compressed(recorder: Recorder) -> None:
 
 
 def test_a_custom_loss_is_computed_on_the_client(recorder: Recorder) -> None:
-    """Minus the log-likelihood: the same loss, and the same training, as cross entropy."""
+    """The loss is minus the log-likelihood: the same loss and training as cross entropy."""
     pytest.importorskip("torch", reason="custom losses need torch in the client's environment")
 
     def loss(data: Any, logprobs: Any) -> Any:
@@ -152,8 +152,8 @@ def test_an_exception_ends_the_session_as_errored(recorder: Recorder) -> None:
     assert [one.json()["reason"] for one in finished] == [{"type": "errored"}]
 
 
-def test_lost_responses_are_made_up_for(recorder: Recorder) -> None:
-    """The server has done the work; the client asks again under the same number."""
+def test_lost_responses_are_recovered(recorder: Recorder) -> None:
+    """The server has done the work; the client repeats the request with the same number."""
     with open_service(recorder) as service:
         expected = train(new_trainer(service), 3)
         second = new_trainer(service)
@@ -162,10 +162,10 @@ def test_lost_responses_are_made_up_for(recorder: Recorder) -> None:
         assert train(second, 3) == pytest.approx(expected)
         assert len([one for one in recorder.exchanges() if one.status == 0]) == 3
         again = [one.json()["seq_id"] for one in recorder.exchanges("optim_step")]
-        assert sorted(again) == [2, 2, 2, 4, 4, 6, 6]  # two runs, and one answer that was lost
+        assert sorted(again) == [2, 2, 2, 4, 4, 6, 6]  # two runs, and one lost answer
 
 
-def test_a_lost_save_and_a_lost_sample_are_made_up_for(recorder: Recorder) -> None:
+def test_a_lost_save_and_a_lost_sample_are_recovered(recorder: Recorder) -> None:
     with open_service(recorder) as service:
         trainer = new_trainer(service)
         for route in ("save_weights_for_sampler", "asample", "save_weights"):
@@ -184,10 +184,10 @@ def test_optimizers_that_a_run_does_not_have_are_refused(recorder: Recorder) -> 
         trainer = new_trainer(service)
         with pytest.raises(tinker.TinkerError, match="dimuon"):
             trainer.optim_step(types.DimuonParams(learning_rate=0.1)).result()
-        train(trainer, 1)  # and it goes on
+        train(trainer, 1)  # the run continues
 
 
-def test_everything_that_sampling_offers(recorder: Recorder) -> None:
+def test_all_sampling_options(recorder: Recorder) -> None:
     import numpy as np
 
     asked = types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])

@@ -1,7 +1,7 @@
 """A program sends the same requests with the official SDK and with ``import tinkex as tinker``.
 
-But for what the official one writes out although it is the default: we leave it out, for servers
-of older protocols refuse what they do not know.
+The only difference: the official SDK writes some default values, which tinkex leaves out, because
+    servers of older protocols refuse unknown fields.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ COMPARED = (
     "save_weights_external",
 )
 
-#: What the official client writes out although it is the default, by route and field.
+#: The default values that the official client writes, by route and field.
 DEFAULTS: Mapping[Tuple[str, str], Any] = {
     ("create_model", "optimizer_config"): {"type": "adamw"},
     ("load_weights", "optimizer_config"): {"type": "adamw"},
@@ -97,7 +97,7 @@ def has_torch(python: str) -> bool:
 
 
 def requests(recorder: Recorder, python: str, name: str, torch: bool) -> List[Tuple[str, Any]]:
-    """Run the program; return the requests that it sent, with ids and defaults taken out."""
+    """Run the program; return its requests, with ids and defaults removed."""
     recorder.clear()
     environment: Dict[str, str] = {
         **os.environ,
@@ -120,7 +120,7 @@ def requests(recorder: Recorder, python: str, name: str, torch: bool) -> List[Tu
 
 
 def plain(route: str, body: bytes) -> Any:
-    body = _UUID.sub(b"S" * 36, body)  # of the same length, as protobuf counts
+    body = _UUID.sub(b"S" * 36, body)  # of the same length, because protobuf counts bytes
     if route == "forward_backward":
         return batch(body)
     fields = json.loads(body)
@@ -134,7 +134,7 @@ def plain(route: str, body: bytes) -> Any:
 
 
 def batch(body: bytes) -> List[Tuple[int, Any]]:
-    """A ForwardBackwardRequest with its maps in order: datums are field 3, maps are 5 and 7."""
+    """Return a ForwardBackwardRequest with sorted maps: datums are field 3, maps are 5 and 7."""
     fields = [
         (number, in_order(message(value), 2) if number == 3 else value)
         for number, value in message(body)
@@ -143,12 +143,12 @@ def batch(body: bytes) -> List[Tuple[int, Any]]:
 
 
 def in_order(fields: List[Tuple[int, Any]], *maps: int) -> List[Tuple[int, Any]]:
-    """The fields by number; the entries of a map, which have no order, by what they hold."""
+    """Return the fields by number, and the entries of maps, which have no order, sorted."""
     return sorted(fields, key=lambda field: (field[0], field[1] if field[0] in maps else b""))
 
 
 def message(body: bytes) -> List[Tuple[int, Any]]:
-    """The fields of a protobuf message that has numbers (type 0) and lengths (type 2) only."""
+    """Return the fields of a protobuf message with only numbers (type 0) and lengths (type 2)."""
     fields: List[Tuple[int, Any]] = []
     at = 0
     while at < len(body):
@@ -173,7 +173,7 @@ def varint(body: bytes, at: int) -> Tuple[int, int]:
             return value, at
 
 
-def test_requests_are_the_same_but_for_written_defaults(recorder: Recorder) -> None:
+def test_requests_are_the_same_except_for_written_defaults(recorder: Recorder) -> None:
     torch = has_torch(PYTHON) and has_torch(sys.executable)
     theirs = requests(recorder, sys.executable, "tinker", torch)
     ours = requests(recorder, PYTHON, "tinkex", torch)

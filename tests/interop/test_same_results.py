@@ -11,12 +11,12 @@ from interop.conftest import PYTHON
 
 tinker = pytest.importorskip("tinker", reason="the official client is not installed")
 
-#: Clients of the JSON era know the older style only.
+#: Clients of the JSON era know only the older style.
 KNOWN = STYLES if hasattr(tinker.ServiceClient, "__exit__") else STYLES[:1]
 
 
 def differences(ours: Any, theirs: Any, at: str = "") -> Iterator[Tuple[str, Any, Any]]:
-    """Where two results differ; floats may by 1e-6."""
+    """Yield the places where two results differ; floats may differ by 1e-6."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping) and ours.keys() == theirs.keys():
         for key in ours:
             yield from differences(ours[key], theirs[key], f"{at}.{key}")
@@ -41,14 +41,16 @@ def results(printed: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @pytest.mark.parametrize("style", KNOWN)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_gives_the_same_with_both(script: str, style: str, base_url: str) -> None:
+def test_a_script_gives_the_same_results_with_both_packages(
+    script: str, style: str, base_url: str
+) -> None:
     theirs = results(run_with_tinker(script, style, base_url))
     ours = results(printed_with_tinkex(script, style, base_url))
     assert list(differences(ours, theirs)) == []
     assert len(ours) >= 3
 
 
-def test_a_difference_is_seen() -> None:
+def test_a_difference_is_detected() -> None:
     assert list(differences({"a": [1.0, 2.0]}, {"a": [1.0, 2.00001]})) == [(".a[1]", 2.0, 2.00001)]
     assert list(differences({"a": [1.0]}, {"a": [1.0, 2.0]})) != []
     assert list(differences({"a": 1}, {"a": True})) != []

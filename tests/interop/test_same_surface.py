@@ -1,7 +1,7 @@
-"""What the official SDK 0.38 offers to synchronous callers, tinkex offers under the same names.
+"""tinkex offers synchronous callers the same names as the official SDK 0.38.
 
-Both are asked what they have; nothing is called.  The exceptions are those of
-docs/compatibility.md, which a test of the other suite holds to.
+The test inspects both packages and calls nothing.  The exceptions are those of
+docs/compatibility.md, which a test of the main suite checks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Surface = Mapping[str, Mapping[str, Any]]
 
 
 def surface(module: str, python: str) -> Surface:
-    """The public classes of *module*, their members, and what calling those takes."""
+    """Return the public classes of *module*, their members, and the members' parameters."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT) if module == "tinkex" else ""}
     command = [python, "-W", "ignore", "-c", PROBE, module]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -44,7 +44,7 @@ def ours() -> Surface:
 
 
 def lacking(theirs: Surface, ours: Surface, part: str) -> List[str]:
-    """What is missing: ``name``, ``name.member`` or ``name.member(parameter)``."""
+    """Return the missing names: ``name``, ``name.member`` or ``name.member(parameter)``."""
     found: List[str] = []
     for name, members in theirs[part].items():
         if name not in ours[part]:
@@ -60,7 +60,7 @@ def lacking(theirs: Surface, ours: Surface, part: str) -> List[str]:
     return sorted(found)
 
 
-def test_nothing_is_missing_that_is_not_documented(theirs: Surface, ours: Surface) -> None:
+def test_everything_missing_is_documented(theirs: Surface, ours: Surface) -> None:
     missing = {name for part in theirs for name in lacking(theirs, ours, part)}
     assert len(theirs["tinker"]) > 50
     unexplained = [one for one in missing if not any(re.fullmatch(p, one) for p in EXCEPTIONS)]

@@ -40,14 +40,14 @@ from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
-#: Batches start immediately: nothing is gathered.
+#: Batches start immediately, without gathering requests.
 AT_ONCE = SamplingLimits(gather_s=0.0, gather_most_s=0.0)
 
 WAIT_S = 60.0
 
 
 class ManualClock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -57,7 +57,7 @@ class ManualClock:
 
 
 class HeldEngine(DeterministicEngine):
-    """Logs what it does.  Passes with the loss `cispo` wait until they are let go."""
+    """Logs its work.  Passes with the loss `cispo` wait until they are released."""
 
     def __init__(self, **facts: Any) -> None:
         super().__init__(**facts)
@@ -125,7 +125,7 @@ def held_datum() -> Datum:
 
 
 class Api:
-    """Speaks to the application as a client would, through Flask's test client."""
+    """Sends requests to the application as a client would, through Flask's test client."""
 
     def __init__(self, client: FlaskClient, codec: Codec = JSON) -> None:
         self.client = client
@@ -177,7 +177,7 @@ class Api:
         return answer.get_json()
 
     def hold(self, model_id: str, seq_id: int) -> str:
-        """Submit a pass with which HeldEngine waits until it is let go."""
+        """Submit a pass that HeldEngine holds until it is released."""
         return str(self.submit_pass(model_id, seq_id, [held_datum()], "cispo")["request_id"])
 
     def step(self, model_id: str, seq_id: int, expect: int = 200, **params: Any) -> Any:
@@ -212,7 +212,7 @@ class Api:
         )
 
     def result(self, request_id: Any) -> Any:
-        """Wait for a future and return what it holds: the result, or its failure."""
+        """Wait for a future and return its result or failure."""
         deadline = time.monotonic() + WAIT_S
         while True:
             answer = self.poll(request_id)
@@ -241,7 +241,7 @@ def serving(
     store: Optional[Store] = None,
     **settings: Any,
 ) -> Iterator[Api]:
-    """Run a backend, and hand out a client of it; ``api.backend`` is the backend itself."""
+    """Run a backend, and yield a client of it; ``api.backend`` is the backend itself."""
     chosen = ServerSettings(
         **{"limits": AT_ONCE, "retrieve_hold_s": WAIT_S, "max_held_polls": 100, **settings}
     )

@@ -1,4 +1,4 @@
-"""Who may use the server: not a web page, and not someone without the key."""
+"""Who may use the server: no web page, and nobody without the key."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def test_names_that_the_server_was_started_with_are_accepted_too() -> None:
     assert status_of(settings=settings) == 200
 
 
-def test_a_server_with_a_key_may_be_reached_by_any_name_since_no_page_knows_the_key() -> None:
+def test_a_server_with_a_key_may_be_reached_by_any_name() -> None:
     settings = ServerSettings(api_key="tml-k")
     assert status_of(settings=settings, HOST="gpu-box:8642", X_API_KEY="tml-k") == 200
     assert status_of(settings=settings, HOST="gpu-box:8642") == 401
 
 
 @pytest.mark.parametrize("name", ["http://x", "a/b", "a b", "", ":80", "*", "a,b", "[x]"])
-def test_what_is_not_the_name_of_a_host_cannot_be_allowed(name: str) -> None:
+def test_only_host_names_can_be_allowed(name: str) -> None:
     with pytest.raises(LocalServerError, match="not the name of a host"):
         LocalServer(DeterministicEngine(), settings=ServerSettings(allowed_hosts=(name,)))
 
@@ -163,10 +163,10 @@ def test_the_server_is_open_to_its_own_origin(headers: Dict[str, str]) -> None:
     assert status_of(**headers) == 200
 
 
-def test_a_page_behind_a_proxy_is_let_in_by_the_name_of_the_proxy() -> None:
+def test_a_page_behind_a_proxy_is_admitted_by_the_name_of_the_proxy() -> None:
     settings = ServerSettings(allowed_hosts=("tinker.example.com",))
     origin = "https://tinker.example.com"
-    for host in ("tinker.example.com", "127.0.0.1:8642"):  # with and without its Host passed on
+    for host in ("tinker.example.com", "127.0.0.1:8642"):  # proxies may pass the Host on
         assert status_of(settings=settings, HOST=host, ORIGIN=origin) == 200
     assert status_of(settings=settings, ORIGIN="https://tinker.example.com.evil.example") == 403
 
@@ -179,7 +179,7 @@ def test_a_page_behind_a_proxy_is_let_in_by_the_name_of_the_proxy() -> None:
 def test_a_body_that_a_browser_would_send_anywhere_is_refused(kind: str) -> None:
     assert status_of(CONTENT_TYPE=kind) == status_of(CONTENT_TYPE=kind, size=None) == 415
     assert status_of("PUT", CONTENT_TYPE=kind) == 415
-    assert status_of(CONTENT_TYPE=kind, size=0) == 200  # nothing to misread
+    assert status_of(CONTENT_TYPE=kind, size=0) == 200  # an empty body cannot be misread
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_bodies_are_json_or_protobuf(kind: str) -> None:
     assert status_of(CONTENT_TYPE=kind) == 200
 
 
-def test_the_key_is_demanded_of_all_but_health_and_signed_urls() -> None:
+def test_every_route_but_health_and_signed_urls_requires_the_key() -> None:
     settings = ServerSettings(api_key="tml-k\u00e9y")
     for path, method in itertools.product((PATH, "/api/v1/checkpoints", "/x"), ("GET", "POST")):
         assert status_of(method, path, settings=settings) == 401
@@ -199,14 +199,14 @@ def test_the_key_is_demanded_of_all_but_health_and_signed_urls() -> None:
         assert status_of("GET", path, settings=settings) == 200
 
 
-def test_a_key_as_bearer_counts_only_where_the_server_takes_it() -> None:
+def test_a_bearer_key_counts_only_if_the_server_accepts_it() -> None:
     settings = ServerSettings(api_key="tml-k")
     given = {"AUTHORIZATION": "Bearer tml-k"}
     assert status_of(settings=settings, **given) == 401
     assert status_of(settings=settings, bearer=True, **given) == 200
 
 
-def test_names_of_hosts_are_read() -> None:
+def test_host_headers_are_parsed() -> None:
     assert host_name(" LOCALHOST.:1 ") == "localhost"
     assert host_name("[::1]:5") == "::1"
     assert host_name(".") is None
@@ -282,7 +282,7 @@ def test_a_page_of_another_site_cannot_have_the_browser_send_requests(
     assert send(open_server, "POST", PATH, {**host, "Content-Type": JSON}, b"{}")[0] == 200
 
 
-def test_two_host_headers_are_not_believed(open_server: LocalServer) -> None:
+def test_two_host_headers_are_refused(open_server: LocalServer) -> None:
     with socket.create_connection(("127.0.0.1", port_of(open_server)), timeout=20) as raw:
         raw.sendall(
             b"GET /api/v1/healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"
@@ -304,8 +304,10 @@ def test_a_profile_keeps_web_pages_out_too() -> None:
 
 @pytest.mark.parametrize("profile", [None, "tuft-0.2", "hatchery-0.3"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_the_body_of_a_stranger_is_not_kept(profile: Optional[str], chunked: bool) -> None:
-    """40 bodies of 8 MB, all but their last bytes sent: they would take 320 MB."""
+def test_bodies_of_requests_without_the_key_are_not_kept(
+    profile: Optional[str], chunked: bool
+) -> None:
+    """40 bodies of 8 MB, sent except for their last bytes, would take 320 MB if they were kept."""
     part = b"x" * (8 << 20)
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: tml-wrong\r\n"
     head += f"Content-Type: {JSON}\r\n"

@@ -1,4 +1,4 @@
-"""Any body gets a response that names what is wrong: no route fails, and the run continues."""
+"""Any body gets a response that names the fault: no route crashes, and the run continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JSON_VALUES = st.recursive(
     max_leaves=12,
 )
 
-#: Route -> a body that would be taken, in which some fields are replaced or dropped.
+#: Route -> a valid body, of which the tests replace or drop some fields.
 BODIES: Dict[str, Dict[str, Any]] = {
     "create_session": {
         "tags": [], "user_metadata": {}, "sdk_version": "x", "project_id": "p",
@@ -136,7 +136,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Api, Dict[
 
 
 def put_in(value: Any, names: Dict[str, str]) -> Any:
-    """Replace the names of things by the things."""
+    """Replace placeholder names by the objects they stand for."""
     if isinstance(value, dict):
         return {name: put_in(item, names) for name, item in value.items()}
     if isinstance(value, list):
@@ -149,7 +149,7 @@ def put_in(value: Any, names: Dict[str, str]) -> Any:
 
 @st.composite
 def changed(draw: Any, value: Any) -> Any:
-    """*value* with one thing in it, at any depth, replaced or left out."""
+    """Draw *value* with one item in it, at any depth, replaced or left out."""
     if isinstance(value, (dict, list)) and value and draw(st.integers(0, 3)):
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = draw(st.sampled_from(keys))
@@ -164,7 +164,7 @@ def changed(draw: Any, value: Any) -> Any:
 
 def check(api: Api, route: str, **sent: Any) -> Any:
     answer = api.client.post(f"/api/v1/{route}", **sent)
-    # 501: what this server could do, but for something that is not installed.
+    # 501: something that this server needs for it is not installed.
     assert answer.status_code < 500 or answer.status_code == 501, (sent, answer.text)
     if answer.status_code >= 400:
         assert isinstance(answer.get_json()["detail"], str)
@@ -172,7 +172,7 @@ def check(api: Api, route: str, **sent: Any) -> Any:
 
 
 def in_turn(api: Api, body: Any) -> Any:
-    """Give the body the number that is next, so that the engine gets to see it."""
+    """Give the body the next seq_id, so that it reaches the engine."""
     if isinstance(body, dict) and isinstance(body.get("seq_id"), int):
         lane = api.backend.scheduler._models.get(str(body.get("model_id")))
         number = next(SAMPLES) if lane is None else lane.next_seq
@@ -186,7 +186,7 @@ SAMPLES = itertools.count(10)
 @pytest.mark.parametrize("route", sorted(BODIES))
 @several(60)
 @given(data=st.data())
-def test_a_body_that_is_wrong_somewhere_is_never_a_failure_of_the_server(
+def test_a_faulty_body_is_never_a_failure_of_the_server(
     world: Tuple[Api, Dict[str, str]], route: str, data: Any
 ) -> None:
     api, names = world
@@ -201,7 +201,7 @@ def test_a_body_that_is_wrong_somewhere_is_never_a_failure_of_the_server(
 
 @several(100)
 @given(data=st.data())
-def test_bytes_that_are_no_message_are_never_a_failure_of_the_server(
+def test_malformed_bytes_are_never_a_failure_of_the_server(
     world: Tuple[Api, Dict[str, str]], data: Any
 ) -> None:
     api, _ = world
@@ -239,7 +239,9 @@ def test_odd_addresses_are_never_a_failure_of_the_server(
     assert answer.status_code < 500, answer.text
 
 
-def test_after_all_that_the_server_works(world: Tuple[Api, Dict[str, str]]) -> None:
+def test_after_all_faulty_requests_the_server_still_works(
+    world: Tuple[Api, Dict[str, str]],
+) -> None:
     api, _ = world
     session = api.session()
     model, sampler = api.model(session), api.sampler(session)

@@ -1,4 +1,4 @@
-"""The audit log: what was done with checkpoints and projects, by day."""
+"""The audit log: changes to checkpoints and projects, by day."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def events(api: Api, query: str = "") -> List[str]:
     return [entry["event"] for entry in api.get(f"audit{query}")["entries"]]
 
 
-def test_what_is_done_with_a_checkpoint_is_in_the_log_of_today(api: Api) -> None:
+def test_changes_to_a_checkpoint_are_in_the_log_of_today(api: Api) -> None:
     model = api.model()
     path = api.save(model, 1, "a")
     size = api.get("checkpoints")["checkpoints"][0]["size_bytes"]
@@ -59,7 +59,7 @@ def test_what_is_done_with_a_checkpoint_is_in_the_log_of_today(api: Api) -> None
     assert events(api, "?event_type=projects") == []
 
 
-def test_a_session_that_is_moved_is_an_event_of_projects(api: Api) -> None:
+def test_moving_a_session_is_a_project_event(api: Api) -> None:
     session = api.session()
     api.client.put(f"/api/v1/sessions/{session}/project", json={"project_id": "p"})
     (entry,) = api.get("audit?event_type=projects")["entries"]
@@ -89,7 +89,7 @@ def test_a_day_ends_at_midnight_in_utc_and_outlives_the_server(tmp_path: Path) -
     ("query", "says"),
     [("?event_type=secrets", "'secrets'; it must be one of all"), ("?day=today", "YYYY-MM-DD")],
 )
-def test_what_the_log_cannot_be_asked_is_refused(api: Api, query: str, says: str) -> None:
+def test_invalid_queries_of_the_log_are_refused(api: Api, query: str, says: str) -> None:
     assert says in api.get(f"audit{query}", 400)["detail"]
 
 

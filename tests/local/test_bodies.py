@@ -1,4 +1,4 @@
-"""What the server reads: both dialects, compressed bodies, bodies that are too large or broken."""
+"""Bodies that the server reads: in both dialects, compressed, too large, or broken."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
                 b"Connection: close\r\n\r\n",
                 b" 400 ",
             ),
-            # 413 on Pythons that read numbers of any length.
+            # 413 on Python versions that read numbers of any length.
             (b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b" 4"),
         ]:
             with socket.create_connection(("127.0.0.1", port or 0)) as raw:
@@ -150,7 +150,7 @@ def test_the_old_json_forms_are_read_and_answered_in_json(api: Api, route: str) 
     assert stepped["grad_norm:mean"] == (0.0 if route == "forward" else 1.0)
 
 
-def test_fields_of_newer_protocol_versions_are_taken(api: Api) -> None:
+def test_fields_of_newer_protocol_versions_are_accepted(api: Api) -> None:
     session = api.session()
     made = api.post(
         "create_model",
@@ -180,7 +180,7 @@ def test_fields_of_newer_protocol_versions_are_taken(api: Api) -> None:
 
 
 @pytest.mark.parametrize("route", ["create_model", "load_weights"])
-def test_an_optimizer_that_is_not_here_is_refused(api: Api, route: str) -> None:
+def test_an_optimizer_that_the_server_lacks_is_refused(api: Api, route: str) -> None:
     session = api.session()
     path = api.save(api.model(session), 1, "a")
     body = {"base_model": "deterministic"} if route == "create_model" else {"path": path}
@@ -205,7 +205,7 @@ def test_requests_beyond_a_gap_are_bounded(tmp_path: Path) -> None:
         assert answer.status_code == 429
         assert answer.headers["Retry-After"] == "1"
         assert "wait for seq_id 1" in answer.get_json()["detail"]
-        assert api.step(model, 4) == early[1]  # a repetition is not one more
+        assert api.step(model, 4) == early[1]  # a repeated request does not count again
         for seq_id in (1, 2):
             api.step(model, seq_id)
         assert "metrics" in api.result(api.step(model, 6))
@@ -230,7 +230,7 @@ def test_every_flag_of_the_protocol_is_reported(api: Api) -> None:
         "billing_exception_max_pause_duration_sec": 3600,
         "sample_no_retries": False,
         "sample_enable_stuck_detection": True,
-        "sample_max_concurrent_requests": 100,  # as many as polls can be held
+        "sample_max_concurrent_requests": 100,  # as many as the polls that can be held
         "use_pyqwest_transport": True,
         "sample_use_retrieve_futures": False,
         "custom_loss_server_side": False,
@@ -244,7 +244,7 @@ def test_every_flag_of_the_protocol_is_reported(api: Api) -> None:
     assert api.get("healthz") == {"status": "ok"}
 
 
-def test_flags_are_chosen(tmp_path: Path) -> None:
+def test_flags_can_be_set(tmp_path: Path) -> None:
     flags = ClientFlags(proto_compress_fwdbwd=True, sample_max_concurrent_requests=7)
     dynamic = DynamicClientFlags(sample_cancel_enabled=True, refresh_interval_sec=10)
     with serving(tmp_path, flags=flags, dynamic_flags=dynamic, jwt=True) as api:
@@ -255,7 +255,7 @@ def test_flags_are_chosen(tmp_path: Path) -> None:
         assert api.get("client/dynamic_config")["refresh_interval_sec"] == 10
 
 
-def test_messages_for_the_user_come_with_the_session(tmp_path: Path) -> None:
+def test_messages_for_the_user_are_sent_when_a_session_is_created(tmp_path: Path) -> None:
     with serving(tmp_path, info_message="hello", warning_message="", error_message="!") as api:
         made = api.post("create_session", tags=[])
         assert (made["info_message"], made["error_message"]) == ("hello", "!")

@@ -1,4 +1,4 @@
-"""What one request may ask for, keep or nest is bounded, and refused by name beyond that."""
+"""Bounds on what one request may demand, store or nest; beyond them, errors that name the bound."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def refused(api: Api, route: str, raw: bytes, status: int = 400) -> str:
 ])  # fmt: skip
 def test_levels_are_counted_outside_of_strings(raw: bytes, expected: int) -> None:
     assert levels(raw) == expected
-    json.loads(raw)  # else the expectation means nothing
+    json.loads(raw)  # otherwise the expectation means nothing
 
 
-def test_what_may_be_read_can_be_written() -> None:
+def test_json_that_can_be_read_can_be_written() -> None:
     for value in (nested(MAX_LEVELS), [[nested(MAX_LEVELS - 2)]], {"é": nested(300)}):
         assert read_json(write_json(value)) == value
         assert json.loads(write_json(value, sort_keys=True)) == value
     with pytest.raises(HTTPError, match="nested too deeply"):
         read_json(write_json(nested(MAX_LEVELS + 1)))
-    with pytest.raises(HTTPError, match=r"not JSON|nested too deeply"):  # by the orjson in use
+    with pytest.raises(HTTPError, match=r"not JSON|nested too deeply"):  # depends on orjson
         read_json(b"[" * 5000 + b"]" * 5000)
     assert write_json({"a": np.arange(3)}) == b'{"a":[0,1,2]}'
     with pytest.raises(TypeError):
@@ -97,7 +97,7 @@ DEEP_FIELDS = [
 
 
 @pytest.mark.parametrize(("route", "field"), DEEP_FIELDS)
-def test_what_is_nested_deeply_is_never_a_failure_of_the_server(
+def test_deeply_nested_json_is_never_a_failure_of_the_server(
     api: Api, route: str, field: str
 ) -> None:
     session = api.session()
@@ -125,9 +125,9 @@ def lists(api: Api, session: str, run: str) -> Iterator[Any]:
         yield api.get(path)
 
 
-def test_the_deepest_metadata_that_is_taken_is_shown_by_every_list(tmp_path: Path) -> None:
+def test_the_deepest_accepted_metadata_is_shown_by_every_list(tmp_path: Path) -> None:
     deepest = nested(MAX_LEVELS - 1)
-    for _ in range(2):  # the second time with what the first one kept
+    for _ in range(2):  # the second time with what the first pass stored
         with serving(tmp_path) as api:
             made = api.post("create_session", user_metadata=nested(300))
             session = str(made["session_id"])
@@ -155,7 +155,7 @@ def test_a_client_reads_lists_with_the_deepest_metadata() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_profiles_are_bounded_too(profile: str) -> None:
+def test_imitated_servers_have_bounds_too(profile: str) -> None:
     with ProfiledServer(DeterministicEngine(), profile=profile) as server:
         import requests
 
@@ -207,7 +207,7 @@ def test_metadata_of_an_older_version_that_no_response_can_show_is_left_out(tmp_
         ("sessions/search", {"session_id": "x" * 10_001}),
     ],
 )
-def test_what_is_too_large_to_be_kept_is_refused(
+def test_data_that_is_too_large_to_store_is_refused(
     api: Api, route: str, body: Dict[str, Any]
 ) -> None:
     session = api.session()
@@ -222,14 +222,14 @@ def test_metadata_of_a_usual_size_is_kept(api: Api) -> None:
     assert found["user_metadata"] == {"a": "x" * 60_000}
 
 
-def test_why_a_client_ended_is_cut_not_refused(api: Api) -> None:
+def test_a_long_reason_for_an_end_is_truncated_and_not_refused(api: Api) -> None:
     session = api.session()
     api.post(f"sessions/{session}/finish", detail="x" * 100_000, reason={"type": "errored"})
     (found,) = api.post("sessions/search", session_id=session)["sessions"]
     assert found["status"]["detail"] == "x" * 2000
 
 
-def test_an_idempotency_key_is_not_a_place_to_keep_things(api: Api) -> None:
+def test_a_long_idempotency_key_is_refused(api: Api) -> None:
     for size, status in ((256, 200), (257, 400)):
         answer = api.client.post(
             "/api/v1/create_session", json={}, headers={"X-Idempotency-Key": "k" * size}
@@ -256,7 +256,7 @@ def sampler(api: Api) -> str:
 
 
 @pytest.mark.parametrize("count", [1025, 3_000_000, 1 << 31, (1 << 64) - 1, 1e30])
-def test_more_samples_than_the_server_draws_are_refused_at_once(
+def test_more_samples_than_the_server_draws_are_refused_immediately(
     api: Api, sampler: str, count: float
 ) -> None:
     refusal = api.post("asample", 400, **api.sample_body(sampler, 0, num_samples=count))["detail"]
@@ -266,7 +266,7 @@ def test_more_samples_than_the_server_draws_are_refused_at_once(
     assert len(api.result(made)["sequences"]) == 1024
 
 
-def test_how_many_samples_are_drawn_can_be_chosen(tmp_path: Path) -> None:
+def test_the_bound_on_samples_can_be_set(tmp_path: Path) -> None:
     with serving(tmp_path, limits=SamplingLimits(max_num_samples=2)) as api:
         sampler = api.sampler(api.session())
         api.submit_sample(sampler, 0, num_samples=2)
@@ -294,7 +294,7 @@ def test_how_many_samples_are_drawn_can_be_chosen(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_unbounded_results_are_refused(api: Api, sampler: str, changes: Dict[str, Any]) -> None:
     assert api.post("asample", 400, **api.sample_body(sampler, 0, **changes))["detail"]
-    assert "sequences" in api.result(api.submit_sample(sampler, 0))  # the number is free still
+    assert "sequences" in api.result(api.submit_sample(sampler, 0))  # the seq_id is still free
 
 
 def test_many_tokens_times_many_candidates_are_refused(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_many_tokens_times_many_candidates_are_refused(tmp_path: Path) -> None:
         assert "sequences" in api.result(made)
 
 
-def test_huge_tokens_and_seeds_are_taken_or_refused(api: Api, sampler: str) -> None:
+def test_huge_tokens_and_seeds_are_accepted_or_refused(api: Api, sampler: str) -> None:
     huge = (1 << 64) - 1
     for number, changes in enumerate(
         [{"max_tokens": huge}, {"seed": huge}, {"seed": -(1 << 63)}, {"top_k": huge},
@@ -346,7 +346,7 @@ def test_an_adapter_larger_than_any_model_is_refused(api: Api, rank: int) -> Non
 @pytest.mark.parametrize(
     "number", ["9" * 5000, "9" * 101, "-1", "1e3", "٣", " 1", "", "0x10", "\x00", "NaN"]
 )
-def test_limits_and_offsets_that_are_no_numbers_are_refused(
+def test_limits_and_offsets_that_are_not_numbers_are_refused(
     api: Api, route: str, name: str, number: str
 ) -> None:
     assert name in api.get(f"{route}?{name}={quote(number)}", 400)["detail"]
@@ -373,7 +373,7 @@ def test_a_huge_limit_or_offset_is_an_empty_or_a_complete_page(api: Api, route: 
 )
 def test_a_cursor_that_is_not_an_instant_is_refused(api: Api, instant: str) -> None:
     cursor = {"last_created_at": instant, "last_session_id": "x"}
-    assert "instant" in api.post("sessions/search", 400, cursor=cursor)["detail"]
+    assert "not an ISO 8601 time" in api.post("sessions/search", 400, cursor=cursor)["detail"]
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(profile: Any) -> None:
     ("kind", "route", "repeated"),
     [
         (PROTOBUF.content_type, "forward_backward", b"\x1a\0"),  # empty datums
-        (PROTOBUF.content_type, "forward", b"\x1a\x04\x0a\x02\x0a\0"),  # of one empty chunk
+        (PROTOBUF.content_type, "forward", b"\x1a\x04\x0a\x02\x0a\0"),  # datums of one empty chunk
         ("application/json", "forward_backward", b"{},"),
         ("application/json", "forward", b"1,"),
         ("application/json", "create_session", b"[],"),
@@ -499,7 +499,7 @@ def test_a_chunk_of_millions_of_objects_within_one_datum_is_refused(api: Api) ->
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field with a length, as protobuf writes it."""
+    """Encode a length-delimited protobuf field."""
     size = b""
     left = len(content)
     while left > 0x7F:
@@ -513,11 +513,11 @@ MANY = 1 << 20
 @pytest.mark.parametrize(
     "content",
     [
-        field(1, b"\x0a\0\x12\0" * MANY),  # a chunk that is text and image in turn
+        field(1, b"\x0a\0\x12\0" * MANY),  # a chunk that is alternately text and image
         field(1, field(2, field(4, b"\x08\1" * MANY))),  # dimensions of an image
         field(2, field(2, b"\x20\0" * (MANY + 1))),  # a shape
         field(2, field(2, field(4, bytes(MANY)))),  # a packed shape
-        field(2, field(2, b"\x0a\0\x12\0" * MANY)),  # a tensor that is dense and sparse in turn
+        field(2, field(2, b"\x0a\0\x12\0" * MANY)),  # a tensor that is alternately dense and sparse
         field(2, field(2, field(2, b"\x0a\1x" * MANY))),
         field(3, b"\x0a\0\x12\0" * MANY),
         field(4, field(1, b"\x0a\1x" * (MANY + 1))),

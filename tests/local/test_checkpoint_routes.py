@@ -1,4 +1,4 @@
-"""Exports, copies, samplers that follow a run, and what else can be done with checkpoints."""
+"""Exports, copies, samplers that follow a run, and other operations on checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_inflight_samplers_share_the_newest_weights_of_their_run(
     before = logprobs(api, first, 0)
     assert before == logprobs(api, fixed, 0) == logprobs(api, apart, 0)
     train(api, model, 3)
-    assert logprobs(api, first, 1) == before  # only a save brings new weights
+    assert logprobs(api, first, 1) == before  # only a save publishes new weights
     second = ephemeral(api, model, 5, 3, "inflight")
     after = logprobs(api, second, 0)
     assert after != before
@@ -62,10 +62,10 @@ def test_inflight_samplers_share_the_newest_weights_of_their_run(
     assert logprobs(api, fixed, 1) == before
     assert logprobs(api, apart, 1) == before
     assert api.get(f"samplers/{first}")["base_model"] == "deterministic"
-    assert sum("unload sampler" in line for line in engine.log) == 1  # the first version
+    assert sum("unload sampler" in line for line in engine.log) == 1  # that of the first version
 
 
-def test_the_weights_of_inflight_samplers_go_with_the_last_user(tmp_path: Path) -> None:
+def test_the_weights_of_inflight_samplers_are_freed_with_the_last_user(tmp_path: Path) -> None:
     engine = HeldEngine()
     with serving(tmp_path, engine) as api:
         session = api.session()
@@ -75,12 +75,12 @@ def test_the_weights_of_inflight_samplers_go_with_the_last_user(tmp_path: Path) 
         logprobs(api, f"{session}:sample:0", 0)
         assert len(list((tmp_path / "samplers").iterdir())) == 1
         api.post(f"sessions/{session}/finish")
-        api.model()  # the engine thread has done what came before
+        api.model()  # by now the engine thread has done all earlier work
         wait_until(lambda: not list((tmp_path / "samplers").iterdir()), "the files are deleted")
         assert not engine._samplers
 
 
-def test_a_generation_that_runs_ends_on_the_weights_it_began_with(tmp_path: Path) -> None:
+def test_a_running_generation_ends_with_the_weights_it_began_with(tmp_path: Path) -> None:
     class Stepwise(HeldEngine):
         def sample(self, sampler_id: str, requests: Any, dropped: Any = ()) -> Any:
             for finished in super().sample(sampler_id, requests, dropped):
@@ -104,7 +104,7 @@ def test_a_generation_that_runs_ends_on_the_weights_it_began_with(tmp_path: Path
         assert "cancelled" in api.result(running)["error"]
 
 
-def test_an_inflight_save_that_is_repeated_makes_one_sampler(api: Api) -> None:
+def test_a_repeated_inflight_save_creates_one_sampler(api: Api) -> None:
     session = api.session()
     model = api.model(session)
     assert ephemeral(api, model, 1, 0, "inflight") == ephemeral(api, model, 1, 5, "inflight")
@@ -133,7 +133,7 @@ def test_exported_weights_can_be_loaded_and_sampled(api: Api) -> None:
 
 
 def fetch_export(api: Api, path: str) -> Dict[str, bytes]:
-    """Return the files of an export by their names."""
+    """Return the files of an export, by name."""
     run_id, kind, name = path[len("tinker://") :].split("/")
     listed = api.get(f"training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls")
     files = {}
@@ -189,12 +189,14 @@ def test_an_encrypted_export_cannot_be_loaded_or_sampled_from(api: Api) -> None:
         ("save_weights_for_sampler", ["age1x"], "save_weights_external does"),
     ],
 )
-def test_what_cannot_be_encrypted_is_refused(api: Api, route: str, keys: Any, says: str) -> None:
+def test_invalid_encryption_recipients_are_refused(
+    api: Api, route: str, keys: Any, says: str
+) -> None:
     pytest.importorskip("pyrage")
     model = api.model()
     body = {"model_id": model, "seq_id": 1, "path": "x", "age_encryption_recipients": keys}
     assert re.search(says, api.post(route, 400, **body)["detail"])
-    api.save(model, 2, "next")  # the run goes on
+    api.save(model, 2, "next")  # the run continues
 
 
 def test_encryption_without_pyrage_names_what_to_install(
@@ -229,11 +231,11 @@ def test_a_copy_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
             "load_weights", session_id=session, model_seq_id=1, path=copied, optimizer=True
         )
         assert api.result(loaded)["path"] == copied
-    with serving(tmp_path) as api:  # a restart keeps the copy
+    with serving(tmp_path) as api:  # the copy survives a restart
         assert api.post("weights_info", tinker_path=copied)["base_model"] == "deterministic"
 
 
-def test_a_copy_that_is_requested_again_is_the_same(api: Api) -> None:
+def test_a_repeated_request_for_a_copy_returns_the_same_copy(api: Api) -> None:
     path = api.save(api.model(), 1, "a")
 
     def copy(key: str) -> str:
@@ -257,7 +259,9 @@ def test_a_copy_that_is_requested_again_is_the_same(api: Api) -> None:
         ({"source_path": "tinker://no/weights/a", "ttl_seconds": 1}, 404, "unknown"),
     ],
 )
-def test_a_copy_of_nothing_is_refused(api: Api, body: Any, status: int, says: str) -> None:
+def test_a_copy_of_a_missing_checkpoint_is_refused(
+    api: Api, body: Any, status: int, says: str
+) -> None:
     assert says in api.post("copy_weights", status, **body)["detail"]
     assert api.get("training_runs")["training_runs"] == []
 
@@ -315,7 +319,7 @@ def test_an_expired_checkpoint_is_not_listed_before_it_is_swept(tmp_path: Path) 
         assert "no checkpoint" in api.post("weights_info", 404, tinker_path=path)["detail"]
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+def test_a_database_of_the_first_version_is_migrated(tmp_path: Path) -> None:
     with sqlite3.connect(str(tmp_path / "tinkex.sqlite3")) as old:
         old.executescript(
             """

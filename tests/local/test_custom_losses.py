@@ -1,4 +1,4 @@
-"""Custom losses computed by the server: what the client would have computed, and no more."""
+"""Custom losses computed by the server: the client's results, and no other code."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def plain_logprobs(api: Api, model: str, seq_id: int) -> List[Any]:
     return [torch.tensor(one["logprobs"]["data"]) for one in outputs]
 
 
-def test_a_custom_loss_is_what_its_function_says(losses: Api) -> None:
+def test_a_custom_loss_has_the_value_of_its_function(losses: Api) -> None:
     api, session = losses, losses.session()
     model = api.model(session)
     body = traced(reinforce, logprobs=1, advantages=1, weights=1)
@@ -99,7 +99,9 @@ def test_a_custom_loss_is_what_its_function_says(losses: Api) -> None:
     assert metrics["custom/mean_lp:mean"] == pytest.approx(sum(means) / 2, rel=1e-5)
 
 
-def test_its_gradient_is_handed_to_the_engine(losses: Api, monkeypatch: Any) -> None:
+def test_the_gradient_of_a_custom_loss_is_passed_to_the_engine(
+    losses: Api, monkeypatch: Any
+) -> None:
     api, session = losses, losses.session()
     model = api.model(session)
     loss_id = create(api, session, traced(reinforce, logprobs=1, advantages=1, weights=1))
@@ -221,7 +223,7 @@ LP = {"ref": "logprobs"}
     ],
     ids=lambda node: f"{node['target']}-{str(node['args'])[:30]}",
 )
-def test_what_is_not_on_the_list_is_refused_before_anything_runs(
+def test_unlisted_functions_are_refused_before_anything_runs(
     losses: Api, node: Dict[str, Any]
 ) -> None:
     body = graph_with(node, output={"tuple": [{"ref": "logprobs"}, {"dict": {}}]})
@@ -229,7 +231,7 @@ def test_what_is_not_on_the_list_is_refused_before_anything_runs(
     losses.post("create_custom_loss", 400, session_id=session, custom_loss_seq_id=0, **body)
 
 
-def test_every_name_on_the_lists_is_a_function_there_is() -> None:
+def test_every_name_on_the_lists_is_an_existing_function() -> None:
     import math
     import operator
 
@@ -243,7 +245,7 @@ def test_every_name_on_the_lists_is_a_function_there_is() -> None:
         assert [name for name in names if not callable(getattr(module, name, None))] == []
 
 
-def test_arguments_cannot_be_nested_without_end() -> None:
+def test_the_nesting_of_arguments_is_bounded() -> None:
     value: Any = 1
     for _ in range(2000):
         value = [value]
@@ -271,9 +273,7 @@ def test_arguments_cannot_be_nested_without_end() -> None:
         ({"name": None}, "'name' is missing"),
     ],
 )
-def test_what_is_wrong_with_a_graph_is_named(
-    losses: Api, change: Dict[str, Any], says: str
-) -> None:
+def test_the_fault_of_a_graph_is_named(losses: Api, change: Dict[str, Any], says: str) -> None:
     body = {"session_id": losses.session(), "custom_loss_seq_id": 0, **GRAPH, **change}
     assert says in losses.post("create_custom_loss", 400, **body)["detail"]
 
@@ -304,7 +304,7 @@ def test_what_is_wrong_with_a_graph_is_named(
         ([call("to", LP, {"dtype": "Tensor"}, op="call_method")], "not a dtype"),
     ],
 )
-def test_a_graph_that_fails_says_where_and_the_run_goes_on(
+def test_a_failing_graph_names_the_node_and_the_run_continues(
     losses: Api, nodes: List[Dict[str, Any]], says: str
 ) -> None:
     session = losses.session()
@@ -338,7 +338,7 @@ def test_a_pairwise_loss_is_bounded_by_its_size(losses: Api) -> None:
 def test_a_loss_belongs_to_its_session_and_its_number(losses: Api) -> None:
     session, other = losses.session(), losses.session()
     loss_id = create(losses, session, GRAPH)
-    assert create(losses, session, GRAPH) == loss_id  # the same request again
+    assert create(losses, session, GRAPH) == loss_id  # the same request, repeated
     changed = {**GRAPH, "name": "another"}
     losses.post("create_custom_loss", 409, session_id=session, custom_loss_seq_id=0, **changed)
     assert create(losses, session, changed, 1) != loss_id
@@ -373,7 +373,7 @@ def test_without_torch_the_server_says_so(losses: Api, monkeypatch: Any) -> None
     assert "torch" in losses.post("create_custom_loss", 501, **body)["detail"]
 
 
-def test_without_the_flag_there_is_no_such_route(api: Api) -> None:
+def test_without_the_flag_the_route_does_not_exist(api: Api) -> None:
     session = api.session()
     api.post("create_custom_loss", 404, session_id=session, custom_loss_seq_id=0, **GRAPH)
     refused = submit(api, api.model(session), 1, f"{session}:loss:0", datums(), expect=400)

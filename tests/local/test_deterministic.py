@@ -1,4 +1,4 @@
-"""The engine without machine learning behaves like a model: the same answers, a falling loss."""
+"""The engine without machine learning behaves like a model: repeatable results, a falling loss."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_before_training_it_is_a_distribution(engine: DeterministicEngine) -> No
     data = Datum(ModelInput.from_ints([7]), {"target_tokens": vocabulary})
     output = engine.forward_backward("m", [data], "cross_entropy", {})
     logprobs = output.loss_fn_outputs[0]["logprobs"].to_numpy()
-    # Two candidates may be one token by chance; its probabilities add up all the same.
+    # Two candidates may be the same token by chance; its probabilities then add up.
     assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_results_depend_on_the_input_alone(engine: DeterministicEngine) -> None:
+def test_results_depend_only_on_the_input(engine: DeterministicEngine) -> None:
     other = DeterministicEngine(vocab_size=50, context_length=64)
     other.create("m", LoraConfig(rank=16))
     assert loss(engine) == loss(other)
@@ -97,7 +97,7 @@ def test_losses_follow_their_formulas(engine: DeterministicEngine) -> None:
     assert of("ppo") == -(0.5 * 2 - 1.0 + 1.2)
     clipped = np.array([0.8, 1.0, 1.2])
     assert -(clipped * advantages * logprobs).sum() == of("cispo")
-    ratio = 1.5 ** (1 / 3)  # of the sequence: the geometric mean of 0.5, 1 and 3
+    ratio = 1.5 ** (1 / 3)  # the sequence's ratio: the geometric mean of 0.5, 1 and 3
     assert -(min(ratio, 1.0004) * 2 - ratio + 1.0004) == of("gspo")
     wide = {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
     own = loss(engine, "gspo", wide, **inputs, sequence_ratio_mask=[0.0, 1.0, 1.0])
@@ -155,7 +155,7 @@ def test_bad_input_is_named(
         assert "datum 1" in str(problem.value)
 
 
-def test_targets_of_the_last_tokens_only_are_taken(engine: DeterministicEngine) -> None:
+def test_targets_for_only_the_last_tokens_are_accepted(engine: DeterministicEngine) -> None:
     (everything,) = engine.forward_backward("m", [datum()], "cross_entropy", {}).loss_fn_outputs
     last = datum()
     last = Datum(
@@ -179,7 +179,7 @@ def test_a_sequence_without_a_ratio_is_named(
     ("name", "key"),
     [("ppo", "clip_low_threshold"), ("cispo", "clip_high_threshold"), ("dro", "beta")],
 )
-def test_a_setting_of_a_loss_that_is_no_number_is_named(
+def test_a_loss_setting_that_is_not_a_number_is_named(
     engine: DeterministicEngine, name: str, key: str, value: Any
 ) -> None:
     good = datum(logprobs=[0.0] * 3, advantages=[0.0] * 3)
@@ -236,7 +236,7 @@ def test_sampling_follows_its_probabilities(engine: DeterministicEngine) -> None
 @pytest.mark.parametrize(
     "narrowing", [{"top_p": 0.4}, {"temperature": 1e-30}, {"temperature": 1e-320}]
 )
-def test_a_narrow_choice_keeps_the_likeliest(
+def test_a_narrow_top_k_or_top_p_keeps_the_likeliest_token(
     engine: DeterministicEngine, narrowing: Dict[str, float]
 ) -> None:
     params = SamplingParams(max_tokens=20, seed=3, stop=[], **narrowing)  # type: ignore[arg-type]
@@ -248,7 +248,7 @@ def test_a_narrow_choice_keeps_the_likeliest(
     assert narrow == best
 
 
-def test_topk_of_a_greedy_sample_begins_with_what_was_sampled(engine: DeterministicEngine) -> None:
+def test_topk_of_a_greedy_sample_begins_with_the_sampled_token(engine: DeterministicEngine) -> None:
     request = SampleRequest(
         ModelInput.from_ints([1, 2, 3]),
         1,
@@ -277,7 +277,7 @@ def test_clip_bounds_may_differ_by_token(engine: DeterministicEngine) -> None:
     assert clipped == pytest.approx(-(1.5 + 2.0 + 3.0), rel=1e-5)
 
 
-def test_a_dropped_request_ends_and_the_others_go_on(engine: DeterministicEngine) -> None:
+def test_a_dropped_request_ends_and_the_others_continue(engine: DeterministicEngine) -> None:
     engine.create_sampler("s", None)
     params = SamplingParams(max_tokens=50, stop=[])
     asked = SampleRequest(ModelInput.from_ints([1, 2, 3]), sampling_params=params)

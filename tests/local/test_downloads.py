@@ -43,7 +43,7 @@ def everything(content: Any) -> bytes:
     return b"".join(content.read(0, content.size))
 
 
-def test_an_archive_holds_the_files_and_nothing_of_the_machine(folder: Path) -> None:
+def test_an_archive_contains_the_files_and_nothing_about_the_machine(folder: Path) -> None:
     content = tar_content(folder)
     raw = everything(content)
     content.close()
@@ -70,7 +70,9 @@ def test_an_archive_has_the_same_bytes_every_time_and_in_every_part(folder: Path
     second.close()
 
 
-def test_a_file_that_shrinks_meanwhile_is_an_error_and_no_short_answer(folder: Path) -> None:
+def test_a_file_that_shrinks_during_a_download_is_an_error_and_not_a_short_response(
+    folder: Path,
+) -> None:
     content = file_content(folder, "b.bin")
     (folder / "b.bin").write_bytes(b"x")
     with pytest.raises(OSError, match="shorter"):
@@ -78,12 +80,12 @@ def test_a_file_that_shrinks_meanwhile_is_an_error_and_no_short_answer(folder: P
     content.close()
 
 
-def test_a_folder_that_is_gone_is_not_found(tmp_path: Path) -> None:
+def test_a_deleted_folder_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         tar_content(tmp_path / "gone")
 
 
-def test_a_signature_is_of_one_path_and_one_time() -> None:
+def test_a_signature_is_valid_for_one_path_and_one_expiry() -> None:
     wall = Wall()
     signer = Signer(60.0, wall)
     url, expires_at = signer.sign("/signed/a:b/c d")
@@ -115,7 +117,7 @@ def test_a_signature_is_of_one_path_and_one_time() -> None:
 
 
 def fetch(api: Api, path: str, *, method: str = "GET", **more: Any) -> Any:
-    """Fetch all of *path*, so that the server closes its files."""
+    """Fetch *path* completely, so that the server closes its files."""
     return api.client.open(path, method=method, buffered=True, follow_redirects=True, **more)
 
 
@@ -137,7 +139,7 @@ KEY = {"X-API-Key": "tml-secret"}
 
 
 def local(url: str) -> str:
-    """The part of a URL that Flask's test client takes."""
+    """Return the part of a URL that Flask's test client accepts."""
     parts = urlsplit(url)
     assert (parts.scheme, parts.netloc) == ("http", "localhost")
     return f"{parts.path}?{parts.query}"
@@ -175,7 +177,7 @@ def test_the_archive_of_a_checkpoint_is_fetched_without_a_key_until_it_expires(
         assert "expired" in fetch(api, url).get_json()["detail"]
 
 
-def test_a_download_goes_on_where_it_stopped(api: Api) -> None:
+def test_a_download_resumes_where_it_stopped(api: Api) -> None:
     url = local(archive_url(api, api.save(api.model(), 1, "a")))
     full = fetch(api, url)
     assert full.headers["Accept-Ranges"] == "bytes"
@@ -244,7 +246,7 @@ def test_exported_weights_are_fetched_file_by_file(tmp_path: Path) -> None:
         ("training_runs/no/checkpoints/external_weights/a/external_weights_urls", 404),
     ],
 )
-def test_what_is_not_there_has_no_url(api: Api, path: str, status: int) -> None:
+def test_a_missing_checkpoint_has_no_url(api: Api, path: str, status: int) -> None:
     assert "detail" in api.get(path, status)
 
 
@@ -257,7 +259,7 @@ def test_a_signed_path_cannot_leave_its_checkpoint(api: Api) -> None:
         assert fetch(api, url.replace("deterministic.json", other)).status_code in (403, 404)
 
 
-def test_over_a_socket_an_archive_is_fetched_in_one_go_and_in_parts() -> None:
+def test_over_a_socket_an_archive_is_fetched_whole_and_in_parts() -> None:
     with LocalServer(DeterministicEngine(), api_key="tml-secret") as server:
         with requests.Session() as session:
             session.headers.update(KEY)

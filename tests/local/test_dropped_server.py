@@ -1,4 +1,4 @@
-"""What ServiceClient.local starts ends with the client, whether it is closed or forgotten."""
+"""The server that ServiceClient.local starts ends with its client, whether closed or forgotten."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 
-#: What a client that was forgotten says.
+#: The warning about a forgotten client.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed ServiceClient:ResourceWarning")
 
 WAIT_S = 60.0
@@ -34,7 +34,7 @@ def own_threads() -> List[str]:
 
 
 class Watched:
-    """What must be gone once nothing can reach the server of *service*."""
+    """Objects that must be freed once nothing can reach the server of *service*."""
 
     def __init__(self, service: ServiceClient) -> None:
         server = service._server
@@ -53,14 +53,14 @@ class Watched:
         for thread in (self.thread, self.engine_thread):
             thread.join(WAIT_S)
             assert not thread.is_alive()
-        # An HTTP thread may be ending still, and hold it until then.
+        # An HTTP thread that is still ending may hold a reference until then.
         deadline = time.monotonic() + WAIT_S
         while not self.engine_is_gone.wait(0.05) and time.monotonic() < deadline:
             gc.collect()
         assert self.engine_is_gone.is_set()
 
 
-def test_a_notebook_cell_that_is_run_again_leaves_one_server() -> None:
+def test_a_rerun_notebook_cell_leaves_one_server() -> None:
     service = local()
     trainer = service.create_lora_training_client("deterministic", rank=4)
     watched = [Watched(service)]
@@ -93,7 +93,7 @@ def test_a_server_lives_as_long_as_a_client_of_it() -> None:
     watched.assert_gone()
 
 
-def test_a_client_that_was_closed_keeps_no_model_for_the_sake_of_others() -> None:
+def test_a_closed_client_does_not_keep_the_model_in_memory() -> None:
     service = local()
     watched = Watched(service)
     trainer = service.create_lora_training_client("deterministic", rank=4)
@@ -102,7 +102,7 @@ def test_a_client_that_was_closed_keeps_no_model_for_the_sake_of_others() -> Non
     del service, trainer
 
 
-def test_another_client_of_a_dropped_server_is_not_cut_off() -> None:
+def test_a_dropped_server_lives_on_for_its_other_clients() -> None:
     service = local()
     watched = Watched(service)
     with ServiceClient(base_url=service.config.base_url) as other:
@@ -177,7 +177,8 @@ def test_the_folder_of_a_dropped_client_can_be_used_at_once(tmp_path: Path) -> N
         service = local(data_dir=str(tmp_path))
         service.create_lora_training_client("deterministic", rank=4)
         del service
-        # It is garbage in a cycle; the next server finds that out, and waits for its end.
+        # The client is garbage in a cycle; the next server finds this out, and waits for the end of
+        # the old one.
         last = local(data_dir=str(tmp_path))
         assert last.create_rest_client().list_training_runs().result(WAIT_S).training_runs
         last.close()

@@ -1,4 +1,4 @@
-"""File descriptors that run out, on both sides: wait, say so, and go on."""
+"""When file descriptors run out, client and server wait, report it, and continue."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ with LocalServer(load_engine("deterministic")) as server:
 """
 
 
-def test_a_server_closes_idle_connections_for_those_that_wait() -> None:
+def test_a_server_closes_idle_connections_in_favour_of_waiting_ones() -> None:
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,
@@ -91,7 +91,7 @@ def test_a_server_closes_idle_connections_for_those_that_wait() -> None:
 
 
 def too_many_files() -> requests.RequestException:
-    """What requests raises when a socket cannot be made."""
+    """Return the error that requests raises when a socket cannot be created."""
     cause = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     inner = urllib3.exceptions.NewConnectionError(None, "no socket")  # type: ignore[arg-type]
     inner.__cause__ = cause
@@ -99,7 +99,7 @@ def too_many_files() -> requests.RequestException:
 
 
 class Exhausted:
-    """A channel that gets no socket."""
+    """A channel that cannot get a socket."""
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         raise too_many_files()
@@ -126,7 +126,7 @@ def test_a_client_closes_idle_connections_and_reports_it_once(
     assert "no file descriptor is free" in warnings[0]
 
 
-def test_exhaustion_is_seen_through_what_wraps_it() -> None:
+def test_exhaustion_is_recognized_through_wrapping_errors() -> None:
     assert descriptors.are_exhausted(too_many_files())
     assert descriptors.are_exhausted(OSError(errno.ENFILE, "x"))
     assert not descriptors.are_exhausted(OSError(errno.ECONNREFUSED, "x"))

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: an error that names it, nothing half-written, nothing lost."""
+"""A full or read-only disk: an error that names it, nothing half-written, nothing lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def files_below(folder: Path) -> List[str]:
 
 
 def save_until_it_fails(trainer: TrainingClient) -> None:
-    """The reserve of the database has room for some."""
+    """Save until a save fails; the reserve of the database has room for some."""
     for number in range(600):
         trainer.save_state(f"s{number}").result(timeout=WAIT_S)
 
@@ -61,7 +61,7 @@ def listed(service: ServiceClient) -> List[str]:
     return sorted(checkpoint.checkpoint_id for checkpoint in found)
 
 
-def test_a_save_without_room_leaves_nothing_and_training_goes_on(
+def test_a_save_without_room_leaves_nothing_and_training_continues(
     server: LocalServer, service: ServiceClient
 ) -> None:
     trainer = service.create_lora_training_client("deterministic", rank=4)
@@ -96,7 +96,7 @@ def test_a_save_without_room_leaves_nothing_and_training_goes_on(
     assert metrics["optimizer_steps:max"] == 2.0
 
 
-def test_a_checkpoint_whose_row_finds_no_room_is_not_there(tmp_path: Path) -> None:
+def test_a_checkpoint_without_room_for_its_record_does_not_exist(tmp_path: Path) -> None:
     store = Store(tmp_path)
     options: Dict[str, Any] = {"ttl_s": None, "user_metadata": None}
     with store.checkpoints.saving("r", "weights", "a", overwrite=False, **options) as folder:
@@ -104,7 +104,7 @@ def test_a_checkpoint_whose_row_finds_no_room_is_not_there(tmp_path: Path) -> No
     for overwrite, name in ((False, "b"), (True, "a")):
         with pytest.raises(StorageError, match="free some space"), no_room():
             with store.checkpoints.saving("r", "weights", name, overwrite=overwrite, **options):
-                pass  # files as long as nothing: only the database needs room
+                pass  # empty files, so that only the database needs room
     (row,) = store.checkpoints.of_run("r")
     assert (store.checkpoints.folder_of(row) / "adapter").read_text() == "old"
     checkpoint = Path("checkpoints", "r", "weights", "a")
@@ -115,7 +115,7 @@ def test_a_checkpoint_whose_row_finds_no_room_is_not_there(tmp_path: Path) -> No
     store.close()
 
 
-def test_what_cannot_be_written_is_refused_without_another_attempt(
+def test_a_failed_write_is_refused_and_not_retried_by_the_client(
     service: ServiceClient, requests: List[str]
 ) -> None:
     trainer = service.create_lora_training_client("deterministic", rank=4)
@@ -172,7 +172,7 @@ def test_a_read_only_database_keeps_the_files_of_a_checkpoint(tmp_path: Path) ->
     with pytest.raises(StorageError, match=r"readonly database.*make the folder writable"):
         store.checkpoints.delete(row)
     assert (store.checkpoints.folder_of(row) / "adapter").read_text() == "weights"
-    assert (tmp_path / "reserve").exists()  # it would not help
+    assert (tmp_path / "reserve").exists()  # using it would not help
     store._db.execute(("PRAGMA query_only = OFF",))
     store.close()
 
@@ -199,7 +199,7 @@ def test_no_server_starts_in_a_read_only_folder(tmp_path: Path) -> None:
         LocalServer(DeterministicEngine(), data_dir=tmp_path).start()
 
 
-def test_a_server_that_ends_without_room_gives_the_folder_free(
+def test_a_server_that_ends_on_a_full_disk_releases_the_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LocalServer(DeterministicEngine(), data_dir=tmp_path)
@@ -215,7 +215,7 @@ def test_a_server_that_ends_without_room_gives_the_folder_free(
                 another.create_training_client_from_state(path)
 
 
-def test_a_session_that_expires_without_room_is_freed_and_noted_later(tmp_path: Path) -> None:
+def test_a_session_that_expires_on_a_full_disk_is_freed_and_recorded_later(tmp_path: Path) -> None:
     clock = ManualClock()
     engine = DeterministicEngine()
     backend = Backend(engine, Store(tmp_path), clock=clock.monotonic)
@@ -232,7 +232,7 @@ def test_a_session_that_expires_without_room_is_freed_and_noted_later(tmp_path: 
     backend.store.close()
 
 
-def test_a_session_that_is_ended_without_room_can_be_ended_again(tmp_path: Path) -> None:
+def test_ending_a_session_on_a_full_disk_can_be_repeated(tmp_path: Path) -> None:
     backend = Backend(DeterministicEngine(), Store(tmp_path))
     session_id = backend.create_session({})
     with no_room(), pytest.raises(StorageError):
@@ -244,7 +244,7 @@ def test_a_session_that_is_ended_without_room_can_be_ended_again(tmp_path: Path)
     backend.store.close()
 
 
-def test_a_disk_that_is_full_for_real(tmp_path: Path) -> None:
+def test_a_really_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 8) as disk:
         with LocalServer(DeterministicEngine(), data_dir=disk) as server:
             with ServiceClient(base_url=server.url) as service:
@@ -278,7 +278,9 @@ except LocalServerError as error:
 """
 
 
-def test_a_second_process_on_the_folder_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+def test_a_second_process_on_the_folder_is_refused_without_disturbing_the_first(
+    tmp_path: Path,
+) -> None:
     with tinkex_serve(tmp_path, model="deterministic") as url:
         with ServiceClient(base_url=url) as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
@@ -293,7 +295,7 @@ def test_a_second_process_on_the_folder_is_refused_and_disturbs_nothing(tmp_path
             assert listed(service) == ["weights/a", "weights/b"]
 
 
-def test_a_second_server_of_the_process_is_refused_and_disturbs_nothing(
+def test_a_second_server_of_the_process_is_refused_without_disturbing_the_first(
     server: LocalServer, service: ServiceClient
 ) -> None:
     trainer = service.create_lora_training_client("deterministic", rank=4)

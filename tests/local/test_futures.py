@@ -1,4 +1,4 @@
-"""The table of futures: waiting, waking, and how long results are kept."""
+"""The table of futures: waiting, waking, and the lifetime of results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_completion_wakes_only_the_threads_that_wait_for_it() -> None:
     assert woken[4:] == [Success("too")]
 
 
-def test_a_wait_ends_with_its_time() -> None:
+def test_a_wait_ends_after_its_timeout() -> None:
     futures = table()
     futures.create("r", "m", 1)
     assert futures.wait("r", 0.001) == Waiting("m", 1)
@@ -59,7 +59,7 @@ def test_close_releases_the_waiters() -> None:
     futures.close()
     waiter.join(20)
     assert found == [Waiting("m", 1)]
-    assert futures.wait("r", 60) == Waiting("m", 1)  # and nothing waits after it
+    assert futures.wait("r", 60) == Waiting("m", 1)  # and later waits return at once
 
 
 def test_results_are_dropped_some_time_after_they_were_fetched() -> None:
@@ -92,7 +92,7 @@ def test_results_are_bounded_in_number_and_in_bytes() -> None:
     assert [futures.wait(name, 0) for name in "bcd"] == [None, None, Success("d")]
 
 
-def test_a_result_that_was_not_fetched_is_not_displaced_by_fetched_ones() -> None:
+def test_unfetched_results_are_not_displaced_by_fetched_ones() -> None:
     futures = table(max_finished=3)
     futures.create("mine", "a", 1)
     futures.complete("mine", Success("mine"))
@@ -118,7 +118,7 @@ def test_fetched_results_are_not_displaced_by_a_flood_of_others() -> None:
     assert [n for n in range(10) if futures.wait(str(n), 0) is not None] == [7, 8, 9]
 
 
-def test_an_old_result_may_be_fetched_again_for_as_long_as_any_other() -> None:
+def test_an_old_result_can_be_fetched_again_for_as_long_as_any_other() -> None:
     clock = ManualClock()
     futures = table(clock=clock, keep_fetched_s=100, keep_unfetched_s=1000)
     futures.create("old", "m", 1)

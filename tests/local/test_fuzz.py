@@ -1,4 +1,4 @@
-"""Some requests of the proof in tests/proofs/fuzz.py: of each kind, without and with a key."""
+"""Some requests of tests/proofs/fuzz.py, of each kind, with and without a key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proofs.fuzz import Findings, run_round
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_changed_requests_are_refused_or_served(number: int) -> None:
+def test_mutated_requests_are_refused_or_served(number: int) -> None:
     found = run_round(seed=0, number=number, bodies=300, custom_losses=False)
     assert [str(fault) for fault in found.faults] == []
     assert found.bodies == 300
@@ -23,15 +23,15 @@ def test_changed_requests_are_refused_or_served(number: int) -> None:
     }  # fmt: skip
 
 
-def test_every_route_gets_a_request_that_is_served() -> None:
+def test_every_route_gets_a_valid_request() -> None:
     found = Findings()
     for number in (2, 3):
         found.add(run_round(seed=0, number=number, bodies=200, custom_losses=False))
     assert found.never_served() == []
 
 
-def test_a_server_that_fails_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The proof sees a 500, an error in the log, a failed result, and a stranger who gets in."""
+def test_a_failing_server_is_detected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The fuzzer detects a 500, an error in the log, a failed result, and an admitted stranger."""
     from tinkex.local.engines.deterministic import DeterministicEngine
     from tinkex.local.http.admission import Admission
     from tinkex.local.routes.service import ServiceRoutes

@@ -1,4 +1,4 @@
-"""Client and server keep nothing of the work that is done; tests/proofs/load.py does more of it."""
+"""Client and server retain no memory of finished work; tests/proofs/load.py does more work."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from proofs.load import ADAM, DATA, PARAMS, PROMPT, Server, Usage
 
 from tinkex import ServiceClient
 
-#: How often the work is done while it is measured,
+#: How often the work is done: while growth is measured,
 UNITS = 100
-#: and before that. The server keeps the last 40 results.
+#: and before.  The server keeps the last 40 results.
 WARM_UP = 50
-#: Blocks of memory for each unit: an object that is kept has two or more.
+#: Permitted memory blocks per unit of work: a retained object takes two or more.
 NOISE = 2
-#: What the server remembers of each of the last 2048 requests of a run, or of a sampler.
+#: Blocks that the server keeps for each of the last 2048 requests of a run or sampler.
 REMEMBERED = 8
 
 
 class Growth(NamedTuple):
-    """Blocks of memory that a unit of work has added."""
+    """Memory blocks added per unit of work."""
 
     client: float
     server: float
@@ -29,10 +29,10 @@ class Growth(NamedTuple):
 def growth(
     server: Server, service: ServiceClient, work: Callable[[], None], *, unit: int = 1
 ) -> Growth:
-    """Do *work*, which is *unit* units, until caches are full; then measure what it adds."""
+    """Do *work*, which is *unit* units, until caches are full; then measure the growth."""
     for _ in range(WARM_UP):
         work()
-    service.metrics()  # adds up what was counted
+    service.metrics()  # sums up the counters
     client, other = Usage.now().blocks, server.usage().blocks
     for _ in range(UNITS):
         work()
@@ -43,7 +43,7 @@ def growth(
     )
 
 
-def test_nothing_is_kept_of_steps_samples_and_deleted_checkpoints(tmp_path: Path) -> None:
+def test_steps_samples_and_deleted_checkpoints_leave_nothing_in_memory(tmp_path: Path) -> None:
     server = Server(str(tmp_path), scale=0.002)
     try:
         with ServiceClient(base_url=server.batch_url) as service:

@@ -1,4 +1,4 @@
-"""The server with its sockets: start, port, key, polls that are held, and a clean end."""
+"""The server with its sockets: start, port, key, held polls, and a clean end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def start_model(server: LocalServer) -> str:
     return str(post(server, "retrieve_future", request_id=made["request_id"])["model_id"])
 
 
-def test_it_serves_and_leaves_nothing_behind() -> None:
+def test_the_server_serves_and_leaves_nothing_behind() -> None:
     with LocalServer(load_engine("deterministic")) as server:
         assert send(server, "healthz") == (200, {"status": "ok"})
         model = start_model(server)
@@ -82,7 +82,7 @@ def test_it_serves_and_leaves_nothing_behind() -> None:
         urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=5)
 
 
-def test_a_folder_that_was_given_is_kept(tmp_path: Path) -> None:
+def test_a_data_folder_given_by_the_caller_is_kept(tmp_path: Path) -> None:
     for expected in (0, 1):
         with LocalServer(DeterministicEngine(), data_dir=tmp_path) as server:
             assert len(send(server, "training_runs")[1]["training_runs"]) == expected
@@ -90,7 +90,7 @@ def test_a_folder_that_was_given_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "tinkex.sqlite3").exists()
 
 
-def test_a_body_of_some_megabytes_arrives_whole() -> None:
+def test_a_body_of_several_megabytes_arrives_whole() -> None:
     with LocalServer(DeterministicEngine()) as server:
         model = start_model(server)
         tokens = list(range(1, 10_001))
@@ -118,7 +118,7 @@ def test_a_taken_port_is_named() -> None:
         assert send(first, "healthz")[0] == 200
 
 
-def test_a_port_or_host_that_cannot_be_is_refused() -> None:
+def test_an_invalid_port_or_host_is_refused() -> None:
     with pytest.raises(LocalServerError, match="port is 70000; it must be an integer, 0 to 65535"):
         LocalServer(DeterministicEngine(), port=70000).start()
     with pytest.raises(LocalServerError, match="port is 'http'; it must be an integer"):
@@ -145,7 +145,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
         LocalServer(DeterministicEngine(), data_dir=kept).start()
     monkeypatch.undo()
     LocalServer(DeterministicEngine(), data_dir=kept).close()
-    with LocalServer(DeterministicEngine(), data_dir=kept):  # its lock was given back
+    with LocalServer(DeterministicEngine(), data_dir=kept):  # the lock was released
         pass
     (kept / "server.lock").unlink()
     (kept / "tinkex.sqlite3").unlink()
@@ -153,13 +153,13 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_server_is_started_once() -> None:
+def test_a_server_can_be_started_only_once() -> None:
     server = LocalServer(DeterministicEngine())
     with pytest.raises(LocalServerError, match="not started"):
         _ = server.url
     with server, pytest.raises(LocalServerError, match="started before"):
         server.start()
-    server.close()  # once more does nothing
+    server.close()  # a second time does nothing
     with pytest.raises(LocalServerError, match="started before"):
         server.start()
 
@@ -181,13 +181,13 @@ def test_a_key_is_required_everywhere_but_on_healthz(tmp_path: Path) -> None:
         assert "is missing" in api.get("no/such/route", 401)["detail"]
         wrong = api.client.get("/api/v1/sessions", headers={"X-API-Key": "tml-wrongé"})
         assert wrong.status_code == 401
-        assert "is not the one" in wrong.get_json()["detail"]
+        assert "is not this server's" in wrong.get_json()["detail"]
         assert "secret" not in wrong.text
         right = api.client.get("/api/v1/sessions", headers={"X-API-Key": "tml-secret"})
         assert right.status_code == 200
 
 
-def test_routes_that_are_not_there_answer_json(api: Api) -> None:
+def test_missing_routes_answer_in_json(api: Api) -> None:
     assert "detail" in api.get("nothing", 404)
     assert "detail" in api.post("billing", 404)
     assert "detail" in api.get("create_session", 405)
@@ -205,14 +205,14 @@ def test_routes_that_are_not_there_answer_json(api: Api) -> None:
 
 
 class Aliased(DeterministicEngine):
-    """A model that answers to a second name."""
+    """A model with an alias."""
 
     @property
     def info(self) -> EngineInfo:
         return dataclasses.replace(super().info, aliases=("organization/deterministic",))
 
 
-def test_a_model_is_listed_once_and_answers_to_its_aliases(tmp_path: Path) -> None:
+def test_a_model_is_listed_once_and_found_by_its_aliases(tmp_path: Path) -> None:
     with LocalServer(Aliased(), data_dir=tmp_path) as server:
         _, found = send(server, "get_server_capabilities")
         assert [model["model_name"] for model in found["supported_models"]] == ["deterministic"]
@@ -226,7 +226,7 @@ def test_a_model_is_listed_once_and_answers_to_its_aliases(tmp_path: Path) -> No
             assert send(server, "create_sampling_session", body)[0] == 200
 
 
-def test_a_checkpoint_trained_under_another_name_of_the_model_is_taken(tmp_path: Path) -> None:
+def test_a_checkpoint_trained_under_another_name_of_the_model_is_accepted(tmp_path: Path) -> None:
     class Renamed(DeterministicEngine):
         @property
         def info(self) -> EngineInfo:
@@ -251,11 +251,11 @@ def test_a_checkpoint_trained_under_another_name_of_the_model_is_taken(tmp_path:
         assert (status, "was trained from deterministic" in refused["detail"]) == (400, True)
 
 
-def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
+def test_each_response_is_logged_if_requested(tmp_path: Path) -> None:
     lines: List[str] = []
     with LocalServer(DeterministicEngine(), data_dir=tmp_path, access_log=lines.append) as server:
         send(server, "healthz?signature=secret")
-        wait_until(lambda: len(lines) == 1, "it is logged")  # which comes after the response
+        wait_until(lambda: len(lines) == 1, "it is logged")  # logged after the response
         send(server, "nowhere")
         wait_until(lambda: len(lines) == 2, "it is logged")
         host, port = server.url.rpartition("/")[2].split(":")
@@ -263,7 +263,7 @@ def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
             raw.sendall(b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\nContent-Length: no\r\n\r\n")
             assert b" 400 " in raw.recv(1000)
             while raw.recv(1000):
-                pass  # until it has hung up
+                pass  # until the server has hung up
     said = [line.split(" ", 2)[2].rpartition(" ms")[0].rpartition(" ")[0] for line in lines]
     assert said == [
         "GET /api/v1/healthz 200",
@@ -272,7 +272,9 @@ def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
     ]
 
 
-def test_no_response_is_logged_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_response_is_logged_by_default(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with LocalServer(DeterministicEngine(), data_dir=tmp_path) as server:
         send(server, "healthz")
     assert capfd.readouterr() == ("", "")
@@ -291,7 +293,7 @@ def test_close_releases_held_polls_and_ends_within_two_seconds() -> None:
     server = LocalServer(DeterministicEngine())
     server.start()
     model = start_model(server)
-    made = post(server, "optim_step", model_id=model, seq_id=2, adam_params={})  # 1 never comes
+    made = post(server, "optim_step", model_id=model, seq_id=2, adam_params={})  # 1 never arrives
     futures = server._backend.futures
     wait, held = futures.wait, threading.Semaphore(0)
 
@@ -341,7 +343,7 @@ def test_close_does_not_wait_for_an_engine_in_a_long_turn() -> None:
     assert not thread.is_alive()
 
 
-def test_heartbeats_get_through_beside_many_held_polls() -> None:
+def test_heartbeats_get_through_in_spite_of_many_held_polls() -> None:
     with LocalServer(DeterministicEngine(), settings=ServerSettings(max_held_polls=150)) as server:
         model = start_model(server)
         made = post(server, "optim_step", model_id=model, seq_id=2, adam_params={})
@@ -361,7 +363,7 @@ def test_heartbeats_get_through_beside_many_held_polls() -> None:
             assert not thread.is_alive()
 
 
-def test_a_client_that_hangs_up_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_hangs_up_does_not_disturb_others(caplog: pytest.LogCaptureFixture) -> None:
     with LocalServer(DeterministicEngine()) as server:
         port = int(server.url.rpartition(":")[2])
         for request in (b"", b"POST /api/v1/create_session HTTP/1.1\r\n", b"nonsense\r\n\r\n"):
@@ -372,7 +374,7 @@ def test_a_client_that_hangs_up_disturbs_nobody(caplog: pytest.LogCaptureFixture
 
 
 class Task:
-    """What waitress hands to its dispatcher."""
+    """A task as waitress passes it to its dispatcher."""
 
     def __init__(self, until: threading.Event) -> None:
         self.until = until
@@ -387,7 +389,7 @@ class Task:
         self.cancelled = True
 
 
-def test_all_connections_that_wait_are_accepted_in_one_round() -> None:
+def test_all_waiting_connections_are_accepted_in_one_round() -> None:
     begun, connected, looked = threading.Event(), threading.Event(), threading.Event()
     accepted = []
 
@@ -438,7 +440,7 @@ def test_http_threads_without_work_end() -> None:
     assert own_threads() == []
 
 
-def test_a_task_that_raises_does_not_take_its_thread_along(
+def test_a_task_that_raises_does_not_end_its_thread(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Bad(Task):
@@ -457,7 +459,7 @@ def test_a_task_that_raises_does_not_take_its_thread_along(
     assert "no such luck" in caplog.text
 
 
-def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shutdown_cancels_tasks_that_have_not_begun(caplog: pytest.LogCaptureFixture) -> None:
     until = threading.Event()
     threads = HttpThreads(limit=2)
     assert not threads.is_busy
@@ -487,7 +489,7 @@ def test_an_engine_without_its_libraries_names_the_remedy(
     assert 'pip install "tinkex[local]"' in str(problem.value)
 
 
-def test_a_module_of_its_own_that_is_missing_is_no_package_to_install(
+def test_a_missing_module_of_tinkex_is_not_reported_as_a_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forget_the_torch_engine(monkeypatch)
@@ -502,7 +504,9 @@ def forget_the_torch_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
 
 
-def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_thread_can_be_started_the_existing_ones_take_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     until = threading.Event()
     threads = HttpThreads(limit=3)
     first, second = Task(until), Task(until)
@@ -520,8 +524,9 @@ def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.Monk
     assert threads.shutdown(timeout=20)
 
 
-def test_close_comes_after_a_socket_thread_that_has_ended_by_itself() -> None:
-    # It may see the stop before it is woken for it; what wakes it must still be open then.
+def test_close_works_after_the_socket_thread_has_ended_by_itself() -> None:
+    # The thread may see the stop before it is woken; the socket that wakes it must still be open
+    # then.
     server = LocalServer(DeterministicEngine())
     server.start()
     server._stop.set()

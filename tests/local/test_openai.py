@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 
 class OpenAI:
-    """Speaks to the endpoint through Flask's test client."""
+    """Sends requests to the endpoint through Flask's test client."""
 
     def __init__(self, api: Api, root: str = "/v1") -> None:
         self.client = api.client
@@ -42,7 +42,7 @@ class OpenAI:
         return self.post("chat/completions", expect, **body)
 
     def stream(self, path: str, **body: Any) -> List[Any]:
-        """Return the chunks of a stream, without the mark at its end."""
+        """Return the chunks of a stream, without its end marker."""
         body = {"model": "deterministic", "seed": 1, "stream": True, **body}
         answer = self.client.post(f"{self.root}/{path}", json=body)
         assert answer.status_code == 200, answer.text
@@ -65,7 +65,7 @@ def openai(api: Api) -> OpenAI:
 
 
 def drawn(api: Api, text: str, **params: Any) -> List[int]:
-    """The tokens that the Tinker protocol draws for the same prompt."""
+    """Return the tokens that the Tinker protocol draws for the same prompt."""
     made = api.submit_sample(
         api.sampler(api.session()),
         0,
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_named_by_its_path_or_by_base_and_path(api: Api, openai:
     assert trained["model"] == path
     assert trained["choices"] == both["choices"]
     pairs = zip(*(r["choices"][0]["logprobs"]["token_logprobs"] for r in (base, trained)))
-    assert all(before < after for before, after in pairs)  # each step raises all of them
+    assert all(before < after for before, after in pairs)  # each step raises all logprobs
     for name in ("other", f"other;{path}", "tinker://nothing", f"{path}x", "deterministic;x", ";"):
         error = openai.complete(404, model=name)["error"]
         assert (error["param"], error["code"]) == ("model", "model_not_found")
@@ -132,7 +132,9 @@ def test_a_checkpoint_saved_again_is_another_model(api: Api, openai: OpenAI) -> 
 # Completions
 
 
-def test_a_completion_reads_as_the_tokens_that_a_sampler_draws(api: Api, openai: OpenAI) -> None:
+def test_a_completion_is_the_text_of_the_tokens_that_a_sampler_draws(
+    api: Api, openai: OpenAI
+) -> None:
     response = openai.complete(max_tokens=7)
     choice = response["choices"][0]
     assert choice["text"] == read(drawn(api, "hello", max_tokens=7))
@@ -146,7 +148,7 @@ def test_a_completion_reads_as_the_tokens_that_a_sampler_draws(api: Api, openai:
 @pytest.mark.parametrize(
     "prompt", ["hi", ["hi"], [104, 105], [[104, 105]]], ids=["text", "texts", "tokens", "lists"]
 )
-def test_prompts_come_as_text_or_tokens(openai: OpenAI, prompt: Any) -> None:
+def test_prompts_may_be_text_or_tokens(openai: OpenAI, prompt: Any) -> None:
     response = openai.complete(prompt=prompt, max_tokens=3, echo=True)
     assert response["choices"][0]["text"][:2] == "hi"
     assert response["choices"] == openai.complete(prompt="hi", max_tokens=3, echo=True)["choices"]
@@ -176,7 +178,7 @@ def test_a_stop_string_ends_the_text_and_is_left_out(api: Api, openai: OpenAI) -
 
 
 def until_the_end(api: Api) -> Dict[str, Any]:
-    """A prompt and a seed with which the model ends by itself, and not at the beginning."""
+    """Return a prompt and a seed with which the model ends by itself, but not immediately."""
     for seed in range(200):
         tokens = drawn(api, "hello", max_tokens=40, seed=seed)
         if tokens[-1] == 0 and len(tokens) > 3:
@@ -184,9 +186,7 @@ def until_the_end(api: Api) -> Dict[str, Any]:
     raise AssertionError("no seed ends")
 
 
-def test_the_end_of_the_sequence_is_no_text_with_and_without_stop_strings(
-    api: Api, openai: OpenAI
-) -> None:
+def test_the_end_token_adds_no_text_with_and_without_stop_strings(api: Api, openai: OpenAI) -> None:
     found = until_the_end(api)
     for stop in (None, "never", ["never", "ever"]):
         response = openai.complete(seed=found["seed"], max_tokens=40, stop=stop, logprobs=1)
@@ -212,7 +212,7 @@ def test_logprobs_of_completions(api: Api, openai: OpenAI) -> None:
 
 
 def test_echo_scores_the_prompt(api: Api, openai: OpenAI) -> None:
-    """What evaluation harnesses ask for: log-probabilities of a text that is given."""
+    """Evaluation harnesses request the log-probabilities of a given text in this way."""
     choice = openai.complete(prompt="abcd", max_tokens=1, echo=True, logprobs=1)["choices"][0]
     columns = choice["logprobs"]
     assert "".join(columns["tokens"]) == choice["text"]
@@ -300,7 +300,7 @@ def test_logprobs_of_a_chat(openai: OpenAI) -> None:
         ),
     ],
 )
-def test_messages_that_are_none_are_refused(openai: OpenAI, messages: Any, param: str) -> None:
+def test_invalid_messages_are_refused(openai: OpenAI, messages: Any, param: str) -> None:
     assert openai.chat(400, messages=messages)["error"]["param"] == param
 
 
@@ -374,7 +374,7 @@ def test_no_part_of_a_stop_string_is_streamed(api: Api, openai: OpenAI) -> None:
 
 
 class Broken(HeldEngine):
-    """Fails after the first slice."""
+    """An engine that fails after the first slice."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -411,7 +411,7 @@ def test_a_request_that_the_engine_refuses_is_the_clients_fault(tmp_path: Path) 
 # Refusals
 
 
-def test_what_cannot_be_done_is_refused_by_name(openai: OpenAI) -> None:
+def test_unsupported_parameters_are_refused_by_name(openai: OpenAI) -> None:
     for name, value in {
         "presence_penalty": 0.5,
         "frequency_penalty": -1,
@@ -426,7 +426,7 @@ def test_what_cannot_be_done_is_refused_by_name(openai: OpenAI) -> None:
     assert openai.chat(400, prompt="x")["error"]["param"] == "prompt"
 
 
-def test_what_asks_for_nothing_or_changes_nothing_is_taken(openai: OpenAI) -> None:
+def test_parameters_without_effect_are_accepted(openai: OpenAI) -> None:
     plain = openai.complete(max_tokens=3)["choices"]
     taken = openai.complete(
         max_tokens=3,
@@ -479,7 +479,7 @@ def test_values_out_of_range_are_refused_by_name(openai: OpenAI, name: str, valu
     assert name in openai.refused(name, **{name: value})
 
 
-def test_more_than_the_context_holds_is_refused(tmp_path: Path) -> None:
+def test_requests_beyond_the_context_length_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, HeldEngine(context_length=10)) as api:
         openai = OpenAI(api)
         error = openai.complete(400, prompt="12345", max_tokens=6)["error"]
@@ -500,7 +500,7 @@ def test_too_many_samples_are_refused(openai: OpenAI) -> None:
     assert openai.chat(400, n=2000)["error"]["param"] == "n"
 
 
-def test_errors_of_the_server_have_openais_form(tmp_path: Path, api: Api) -> None:
+def test_errors_have_the_form_of_openai(tmp_path: Path, api: Api) -> None:
     for answer, status in [
         (api.client.post("/v1/completions", data="{", content_type="application/json"), 400),
         (api.client.post("/v1/completions", data="[]", content_type="application/json"), 400),
@@ -520,7 +520,7 @@ def test_errors_of_the_server_have_openais_form(tmp_path: Path, api: Api) -> Non
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_the_key_comes_as_a_bearer_or_as_x_api_key(tmp_path: Path, root: str) -> None:
+def test_the_key_may_be_a_bearer_token_or_x_api_key(tmp_path: Path, root: str) -> None:
     with serving(tmp_path, api_key="tml-right") as api:
         for headers in ({"Authorization": "Bearer tml-right"}, {"X-API-Key": "tml-right"}):
             assert api.client.get(f"{root}/models", headers=headers).status_code == 200
@@ -528,7 +528,7 @@ def test_the_key_comes_as_a_bearer_or_as_x_api_key(tmp_path: Path, root: str) ->
             answer = api.client.get(f"{root}/models", headers=headers)
             assert answer.status_code == 401
             assert answer.get_json()["error"]["code"] == "invalid_api_key"
-        # The protocol's own routes still take the key in its own header only.
+        # The protocol's own routes still accept the key only in X-API-Key.
         bearer = {"Authorization": "Bearer tml-right"}
         assert api.client.get("/api/v1/client/config", headers=bearer).status_code == 401
 
@@ -544,7 +544,7 @@ def test_too_many_requests_get_429(tmp_path: Path) -> None:
 # The engine is shared
 
 
-def test_it_answers_while_training_goes_on(api: Api, openai: OpenAI) -> None:
+def test_the_endpoint_responds_during_training(api: Api, openai: OpenAI) -> None:
     model = api.model()
     made = [api.submit_pass(model, n, [datum(n)]) for n in range(1, 20)]
     responses = [openai.complete(max_tokens=20) for _ in range(3)]
@@ -610,7 +610,7 @@ def test_requests_of_the_endpoint_and_of_tinker_clients_share_a_batch(
     assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 3"]
 
 
-def test_samplers_that_are_not_used_make_room(tmp_path: Path) -> None:
+def test_unused_samplers_are_unloaded_to_make_room(tmp_path: Path) -> None:
     limits = SamplingLimits(gather_s=0, gather_most_s=0, max_loaded=2)
     with serving(tmp_path, limits=limits) as api:
         openai, model = OpenAI(api), api.model()
@@ -618,11 +618,11 @@ def test_samplers_that_are_not_used_make_room(tmp_path: Path) -> None:
         for _ in range(2):
             for path in paths:
                 openai.complete(model=path)
-        api.save(model, 6, "last")  # the engine thread has done what came before
+        api.save(model, 6, "last")  # by now the engine thread has done all earlier work
         assert len(list((tmp_path / "samplers").iterdir())) == 2
 
 
-def test_a_deleted_checkpoint_is_no_model_any_more(api: Api, openai: OpenAI) -> None:
+def test_a_deleted_checkpoint_is_no_longer_a_model(api: Api, openai: OpenAI) -> None:
     model = api.model()
     path = api.save(model, 1, "x", "save_weights_for_sampler")
     openai.complete(model=path)
@@ -634,7 +634,7 @@ def test_a_deleted_checkpoint_is_no_model_any_more(api: Api, openai: OpenAI) -> 
 
 
 class Stepwise(HeldEngine):
-    """Waits before each slice but the first, and knows which requests are worked on."""
+    """Waits before each slice but the first, and records which requests are in progress."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -671,7 +671,7 @@ def send(server: LocalServer, **body: Any) -> http.client.HTTPConnection:
 def open_stream(server: LocalServer, **body: Any) -> http.client.HTTPResponse:
     connection = send(server, stream=True, **body)
     response = connection.getresponse()
-    connection.close()  # of the socket, when the response is
+    connection.close()  # the socket closes with the response
     return response
 
 
@@ -679,7 +679,7 @@ def test_tokens_are_sent_as_they_are_drawn() -> None:
     engine = Stepwise()
     with LocalServer(engine) as server:
         response = open_stream(server, max_tokens=20)
-        for tokens in (8, 8, 4):  # of each slice; the engine waits in between
+        for tokens in (8, 8, 4):  # per slice; the engine waits in between
             for _ in range(tokens):
                 assert response.readline().startswith(b"data: {")
                 assert response.readline() == b"\n"
@@ -706,7 +706,7 @@ def test_a_client_that_hangs_up_cancels_its_samples(stream: bool) -> None:
 
 
 def test_a_client_that_hangs_up_while_it_waits_for_the_engine_is_noticed() -> None:
-    """The samples of a request that is queued behind other work are never begun."""
+    """The samples of such a request, queued behind other work, are never begun."""
     engine = Stepwise()
     with LocalServer(engine) as server:
         running = send(server, max_tokens=20_000)
@@ -725,7 +725,7 @@ def test_a_client_that_hangs_up_while_it_waits_for_the_engine_is_noticed() -> No
         assert engine.log.count("sample 1") == 1
 
 
-def test_a_stream_ends_with_the_server() -> None:
+def test_closing_the_server_ends_a_stream() -> None:
     engine = Stepwise()
     with LocalServer(engine) as server:
         response = open_stream(server, max_tokens=20_000)

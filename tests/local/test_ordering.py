@@ -1,4 +1,4 @@
-"""Requests of one run are done in seq_id order, once each, whatever happens to one of them."""
+"""Requests of a run are executed in seq_id order, once each, whatever happens to any of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_rejected_number_closes_the_gap() -> None:
     assert lane.next_seq == 3
 
 
-def test_what_waits_for_a_missing_number_may_be_sent_again_under_it() -> None:
+def test_a_request_waiting_for_a_missing_number_may_be_resent_under_that_number() -> None:
     lane = Lane("m", "s")
     lane.add(1, b"a", job("a"))
     lane.note_missing(10.0)
@@ -70,7 +70,7 @@ def test_a_rejected_request_may_be_repeated_and_then_runs() -> None:
     assert lane.find(1, b"a") == "a"
 
 
-def test_a_number_that_is_long_forgotten_is_a_conflict() -> None:
+def test_a_forgotten_number_is_a_conflict() -> None:
     lane = Lane("m", "s")
     for seq_id in range(1, 5000):
         lane.add(seq_id, b"x", job(str(seq_id)))
@@ -92,7 +92,7 @@ def test_requests_that_arrive_in_any_order_run_in_seq_id_order(
     assert engine.log == ["0:1", "0:2", "0:3", "0:4"]
 
 
-def test_a_request_beyond_a_gap_says_what_it_waits_for(tmp_path: Path) -> None:
+def test_a_request_beyond_a_gap_reports_the_missing_number(tmp_path: Path) -> None:
     with serving(tmp_path, retrieve_hold_s=0.0) as api:
         session = api.session()
         request_id = api.submit_model(session)
@@ -147,7 +147,7 @@ def test_a_failed_request_does_not_stop_the_run(api: Api, engine: HeldEngine) ->
     assert "metrics" in api.result(after)
 
 
-def test_an_engine_that_trips_fails_the_request_and_lives_on(
+def test_an_engine_error_fails_the_request_and_the_server_continues(
     api: Api, engine: HeldEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = api.model()
@@ -162,7 +162,7 @@ def test_an_engine_that_trips_fails_the_request_and_lives_on(
     assert "metrics" in api.result(api.submit_pass(model, 2))
 
 
-def test_a_rejected_submission_uses_its_number_up(api: Api) -> None:
+def test_a_rejected_submission_uses_up_its_number(api: Api) -> None:
     model = api.model()
     assert "nonsense" in api.submit_pass(model, 1, loss_fn="nonsense", expect=400)["detail"]
     api.step(model, 2, expect=400, learning_rate=-1.0)
@@ -170,7 +170,7 @@ def test_a_rejected_submission_uses_its_number_up(api: Api) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_even_a_body_that_cannot_be_decoded_uses_its_number_up(api: Api, codec: Codec) -> None:
+def test_even_an_undecodable_body_uses_up_its_number(api: Api, codec: Codec) -> None:
     model = api.model()
     body = codec.encode_forward_backward(ForwardBackwardRequest(model, 1, [datum()], "ppo"))
     if codec is JSON:
@@ -187,7 +187,7 @@ def test_even_a_body_that_cannot_be_decoded_uses_its_number_up(api: Api, codec: 
     assert "metrics" in api.result(api.submit_pass(model, 2))
 
 
-def test_a_model_that_was_not_created_fails_what_was_sent_to_it(tmp_path: Path) -> None:
+def test_requests_for_a_run_that_could_not_be_created_fail(tmp_path: Path) -> None:
     class Full(HeldEngine):
         def create(self, model_id: str, lora: object) -> None:
             raise MemoryError("no room")
@@ -212,5 +212,5 @@ def test_models_take_turns(api: Api, engine: HeldEngine) -> None:
     engine.let_go.set()
     for one in (held, *waiting):
         api.result(one)
-    assert engine.log[0] == "0:1"  # the held one
+    assert engine.log[0] == "0:1"  # the held request
     assert engine.log[1:] == ["1:1", "0:2", "1:2", "0:3", "0:4"]

@@ -1,4 +1,4 @@
-"""The threads that answer requests import nothing: a late import can fail when files run out."""
+"""Threads that answer requests import nothing: a late import can fail without file descriptors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with LocalServer(load_engine("deterministic")) as server:
 print(found)
 """
 
-# In another process, so that what the client imports does not hide what the server does.
+# The client runs in another process, so that its imports do not hide the server's.
 CLIENT = """
 import datetime, importlib.util, sys
 import tinkex
@@ -59,7 +59,7 @@ for wire in ("json", "protobuf"):
 """
 
 
-def test_no_thread_of_the_server_imports_a_module_for_a_request() -> None:
+def test_no_thread_of_the_server_imports_a_module_during_a_request() -> None:
     root = str(Path(tinkex.__file__).resolve().parents[1])
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],

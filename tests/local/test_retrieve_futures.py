@@ -32,19 +32,19 @@ def ids(answer: Dict[str, Any]) -> List[str]:
     return [one["request_id"] for one in answer["completions"]]
 
 
-# The order of completions, and the table that keeps it
+# The table that keeps the order of completions
 
 
-def test_completions_come_in_order_and_are_forgotten_behind_the_cursor() -> None:
+def test_completions_are_in_order_and_forgotten_up_to_the_cursor() -> None:
     done, group, other = Completions(), Group("s", 0), Group("s", 1)
     done.add(group, "a")
     done.add(other, "b")
     done.add(group, "c")
     assert done.after(group, 0) == (["a", "c"], 3)
-    assert done.after(group, 0) == (["a", "c"], 3)  # an answer may get lost
+    assert done.after(group, 0) == (["a", "c"], 3)  # the answer may have been lost
     assert done.after(group, 1) == (["c"], 3)
     assert done.after(group, 3) == ([], 3)
-    assert done.after(group, 0) == ([], 0)  # it said that it has them
+    assert done.after(group, 0) == ([], 0)  # its cursor confirmed both
     assert done.after(other, 0) == (["b"], 2)
     done.discard(other, 2)
     assert done.after(other, 0) == ([], 0)
@@ -62,14 +62,14 @@ def test_a_dropped_result_is_neither_listed_nor_kept() -> None:
         futures.complete(name, Success(name))
     assert futures.completed(group, 0, 0.0) == ([("b", Success("b"))], 2)
     assert futures.is_gone("a")
-    futures.acknowledge(Group("s", 1), ["b"])  # not theirs
+    futures.acknowledge(Group("s", 1), ["b"])  # belongs to another client
     assert futures.wait("b", 0.0) == Success("b")
     futures.acknowledge(group, ["b", "unknown"])
     assert futures.wait("b", 0.0) is None
     assert not futures.is_gone("unknown")
 
 
-def test_who_waits_is_woken_by_the_next_completion_of_the_group() -> None:
+def test_a_waiting_poll_is_woken_by_the_next_completion_of_its_group() -> None:
     futures, group = FutureTable(), Group("s", 0)
     futures.create("a", "s", 0, group=group)
     futures.create("b", "s", 0, group=Group("s", 1))
@@ -87,7 +87,7 @@ def test_who_waits_is_woken_by_the_next_completion_of_the_group() -> None:
     assert found == [([("a", Success(1))], 2)] * 3
 
 
-def test_close_releases_who_waits_for_completions() -> None:
+def test_close_releases_polls_that_wait_for_completions() -> None:
     futures = FutureTable()
     found: List[Any] = []
     waiter = threading.Thread(
@@ -122,7 +122,7 @@ def test_two_hundred_samples_are_reported_to_one_poller(api: Api) -> None:
     assert news(api, sampler, cursor, timeout=0.0) == {"completions": [], "cursor": cursor}
 
 
-def test_what_was_acknowledged_is_gone_and_the_rest_is_not(api: Api) -> None:
+def test_only_acknowledged_results_are_dropped(api: Api) -> None:
     sampler = api.sampler(api.session())
     first, second = (str(api.submit_sample(sampler, n)["request_id"]) for n in (0, 1))
     for one in (first, second):
@@ -134,17 +134,17 @@ def test_what_was_acknowledged_is_gone_and_the_rest_is_not(api: Api) -> None:
     assert answer.status_code == 410
     assert "dropped" in answer.get_json()["detail"]
     assert "sequences" in api.result(second)
-    api.post("cancel_future", request_id=first)  # it is done: nothing happens
+    api.post("cancel_future", request_id=first)  # already done: nothing happens
 
 
-def test_a_lost_answer_is_given_again(api: Api) -> None:
+def test_a_lost_answer_is_repeated(api: Api) -> None:
     sampler = api.sampler(api.session())
     api.result(api.submit_sample(sampler, 0))
     first = news(api, sampler)
     assert news(api, sampler) == first
 
 
-def test_clones_hear_of_their_own_samples_only(api: Api) -> None:
+def test_clones_are_told_only_about_their_own_samples(api: Api) -> None:
     sampler = api.sampler(api.session())
     joined = [
         api.post("join_sampling_session", sampling_session_id=sampler)["client_counter"]
@@ -174,11 +174,11 @@ def test_failures_are_reported_without_a_size(tmp_path: Path) -> None:
         assert "NaN in the logits" in api.result(made)["error"]
 
 
-def test_a_long_poll_ends_with_its_time(tmp_path: Path) -> None:
+def test_a_long_poll_ends_after_its_timeout(tmp_path: Path) -> None:
     with serving(tmp_path, retrieve_hold_s=0.01) as api:
         sampler = api.sampler(api.session())
         assert news(api, sampler, 7) == {"completions": [], "cursor": 7}
-        assert news(api, sampler, 7, timeout=3600)["cursor"] == 7  # the server's own is shorter
+        assert news(api, sampler, 7, timeout=3600)["cursor"] == 7  # the server's limit is shorter
 
 
 def test_too_many_held_polls_are_asked_to_retry(tmp_path: Path) -> None:
@@ -210,14 +210,14 @@ def test_too_many_held_polls_are_asked_to_retry(tmp_path: Path) -> None:
         ({"retrieved_request_ids": [1]}, 400, "retrieved_request_ids"),
     ],
 )
-def test_what_is_wrong_with_a_request_is_named(
+def test_the_fault_of_a_request_is_named(
     api: Api, change: Dict[str, Any], status: int, says: str
 ) -> None:
     sampler = change.pop("sampler", None) or api.sampler(api.session())
     assert says in news(api, sampler, expect=status, **change)["detail"]
 
 
-def test_an_ended_session_reports_what_failed_and_then_holds_no_poll(
+def test_an_ended_session_reports_failed_samples_and_then_holds_no_poll(
     api: Api, engine: HeldEngine
 ) -> None:
     session, other = api.session(), api.session()
@@ -246,7 +246,7 @@ def test_a_queued_sample_is_cancelled_before_the_engine_sees_it(
     held = api.hold(model, 1)
     assert engine.holding.wait(WAIT_S)
     first, second = api.submit_sample(sampler, 0), api.submit_sample(sampler, 1)
-    for _ in range(2):  # again is no error
+    for _ in range(2):  # repeating it is not an error
         api.post("cancel_future", request_id=first["request_id"])
     failure = {"error": "the client cancelled the request", "category": "user"}
     assert api.result(first) == failure
@@ -259,7 +259,7 @@ def test_a_queued_sample_is_cancelled_before_the_engine_sees_it(
 
 
 class Slow(HeldEngine):
-    """Says which requests a batch still works on, and waits before each slice but the first."""
+    """Records the requests in the batch, and waits before each slice but the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_a_running_sample_is_dropped_from_its_batch(tmp_path: Path) -> None:
     with serving(tmp_path, engine) as api:
         session = api.session()
         model, sampler = api.model(session), api.sampler(session)
-        blocked = api.hold(model, 1)  # so that both are in one batch
+        blocked = api.hold(model, 1)  # so that both samples are in one batch
         assert engine.holding.wait(WAIT_S)
         long = {"max_tokens": 2000, "stop": []}
         first = api.submit_sample(sampler, 0, sampling_params=long)
@@ -305,7 +305,7 @@ def test_a_running_sample_is_dropped_from_its_batch(tmp_path: Path) -> None:
         assert len(engine.working) < 10  # 2000 tokens would have taken 250 slices
 
 
-def test_a_batch_of_which_everything_is_cancelled_is_abandoned(tmp_path: Path) -> None:
+def test_a_batch_is_abandoned_if_all_its_samples_are_cancelled(tmp_path: Path) -> None:
     engine = Slow()
     with serving(tmp_path, engine) as api:
         sampler = api.sampler(api.session())
@@ -318,7 +318,7 @@ def test_a_batch_of_which_everything_is_cancelled_is_abandoned(tmp_path: Path) -
         assert "sequences" in api.result(api.submit_sample(sampler, 1))
 
 
-def test_cancelling_while_it_finishes_leaves_one_outcome(api: Api) -> None:
+def test_cancelling_a_sample_while_it_finishes_leaves_one_outcome(api: Api) -> None:
     sampler = api.sampler(api.session())
     for seq_id in range(100):
         made = api.submit_sample(sampler, seq_id)["request_id"]
@@ -329,7 +329,7 @@ def test_cancelling_while_it_finishes_leaves_one_outcome(api: Api) -> None:
     assert len(news(api, sampler)["completions"]) == 100
 
 
-def test_submitting_cancelling_and_polling_at_once_settles_every_sample_once(api: Api) -> None:
+def test_submitting_cancelling_and_polling_concurrently_settles_every_sample_once(api: Api) -> None:
     sampler = api.sampler(api.session())
     count, workers = 120, 4
     barrier = threading.Barrier(2 * workers)
@@ -353,7 +353,7 @@ def test_submitting_cancelling_and_polling_at_once_settles_every_sample_once(api
         for seq_id in range(number, count, workers):
             body = {"request_id": f"{sampler}:{seq_id}"}
             for _ in range(3):
-                client.client.post("/api/v1/cancel_future", json=body)  # known by now, or not
+                client.client.post("/api/v1/cancel_future", json=body)  # may be unknown yet
 
     threads = [
         threading.Thread(target=guarded, args=(work, number))
@@ -384,14 +384,14 @@ def test_only_samples_can_be_cancelled(api: Api, engine: HeldEngine) -> None:
     assert "only samples" in api.post("cancel_future", 400, request_id=held)["detail"]
     engine.let_go.set()
     api.result(held)
-    api.post("cancel_future", request_id=held)  # it is done
+    api.post("cancel_future", request_id=held)  # already done
     assert "unknown" in api.post("cancel_future", 404, request_id="nothing")["detail"]
 
 
 # One result
 
 
-def test_a_large_result_is_announced_by_its_size_to_those_who_allow_it(tmp_path: Path) -> None:
+def test_a_large_result_is_announced_by_its_size_if_the_poll_allows_it(tmp_path: Path) -> None:
     with serving(tmp_path, metadata_threshold_bytes=200) as api:
         sampler = api.sampler(api.session())
         small = api.submit_sample(sampler, 0)

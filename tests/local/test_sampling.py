@@ -1,4 +1,4 @@
-"""Samplers: what they answer, and how their requests are batched and interleaved."""
+"""Samplers: their results, and how their requests are batched and interleaved."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLa
 
 
 def filled(lane: SamplerLane, limits: SamplingLimits, live_tokens: int) -> List[int]:
-    """The costs of what a new batch takes."""
+    """Return the costs of the requests that a new batch takes."""
     return [job.cost for job in lane.fill(Batch(WEIGHTS), limits, live_tokens)]
 
 
-def test_a_batch_takes_what_fits_and_the_first_always() -> None:
+def test_a_batch_takes_the_requests_that_fit_and_always_the_first() -> None:
     limits = SamplingLimits(max_live_tokens=100)
     assert filled(queued(500, 10), limits, live_tokens=0) == [500]
     lane = queued(60, 30, 20, 5)
@@ -54,7 +54,7 @@ def test_a_batch_takes_what_fits_and_the_first_always() -> None:
     assert len(filled(lane, SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
 
 
-def test_what_joins_a_batch_fits_without_exception() -> None:
+def test_a_request_joins_a_running_batch_only_if_it_fits() -> None:
     limits = SamplingLimits(max_live_tokens=100, max_batch_sequences=3)
     batch, lane = Batch(WEIGHTS), queued(60, 30, 20)
     assert [job.cost for job in lane.fill(batch, limits, 0)] == [60, 30]
@@ -62,11 +62,11 @@ def test_what_joins_a_batch_fits_without_exception() -> None:
     batch.remove(0)
     assert [job.cost for job in lane.fill(batch, limits, 30)] == [20]
     lane = queued(1, 1)
-    assert len(lane.fill(batch, limits, 50)) == 1  # three sequences are there
+    assert len(lane.fill(batch, limits, 50)) == 1  # it has three sequences already
     assert batch.unfinished == {1, 2, 3}
 
 
-def test_a_batch_starts_when_requests_stop_coming() -> None:
+def test_a_batch_starts_when_no_more_requests_arrive() -> None:
     limits = SamplingLimits(gather_s=1.0, gather_most_s=3.0)
     lane = queued(1, arrived=10.0)
     assert not lane.may_start(limits, live_tokens=0, now=10.9)
@@ -85,7 +85,7 @@ def test_a_batch_waits_for_room() -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_samples_come_in_the_dialect_that_is_accepted(api: Api, codec: Codec) -> None:
+def test_samples_are_returned_in_the_accepted_encoding(api: Api, codec: Codec) -> None:
     sampler = api.sampler(api.session())
     made = api.submit_sample(sampler, 0, num_samples=2, prompt_logprobs=True)
     assert made["sample_sequence_ids"] == [f"{sampler}:0:0", f"{sampler}:0:1"]
@@ -114,7 +114,7 @@ def test_a_sample_agrees_with_a_forward_pass(api: Api) -> None:
     assert sequence["logprobs"] == pytest.approx(logprobs[2:], rel=1e-6)
 
 
-def test_a_seed_repeats_and_another_does_not(api: Api) -> None:
+def test_the_same_seed_repeats_a_sample_and_another_does_not(api: Api) -> None:
     sampler = api.sampler(api.session())
 
     def tokens(seq_id: int, **params: Any) -> List[int]:
@@ -167,11 +167,11 @@ def test_sampling_and_training_take_turns(api: Api, engine: HeldEngine) -> None:
     ]
 
 
-def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
+def test_a_short_request_does_not_wait_for_an_earlier_long_one(
     tmp_path: Path,
 ) -> None:
     class Telling(HeldEngine):
-        """Reports when the first slice is done."""
+        """An engine that reports when its first slice is done."""
 
         def sample(
             self,
@@ -194,7 +194,7 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
         assert type(pending).__name__ == "Waiting"
         assert api.backend.scheduler.why_waiting(sampler, 0) == "being sampled"
         api.post(f"sessions/{sampler.partition(':')[0]}/finish")
-        assert "finished" in api.result(first)["error"]  # abandoned in the middle
+        assert "finished" in api.result(first)["error"]  # abandoned midway
 
 
 class Sliced(HeldEngine):
@@ -246,7 +246,7 @@ def test_samplers_of_the_same_weights_share_batches_and_others_do_not(tmp_path: 
         assert len(engine._samplers) == 2
 
 
-def test_a_request_joins_the_batch_that_runs(tmp_path: Path) -> None:
+def test_a_request_joins_the_running_batch(tmp_path: Path) -> None:
     engine = Sliced()
     with serving(tmp_path, engine) as api:
         samplers = [api.sampler(api.session()) for _ in range(2)]
@@ -285,7 +285,7 @@ def test_the_end_of_a_session_leaves_the_rest_of_a_batch_alone(tmp_path: Path) -
         assert "sequences" in api.result(api.submit_sample(samplers[1], 1))
 
 
-def test_newer_weights_of_a_run_are_drawn_from_in_another_batch(tmp_path: Path) -> None:
+def test_newer_weights_of_a_run_are_sampled_in_another_batch(tmp_path: Path) -> None:
     engine = Sliced()
     with serving(tmp_path, engine) as api:
         model = api.model()
@@ -304,16 +304,16 @@ def test_newer_weights_of_a_run_are_drawn_from_in_another_batch(tmp_path: Path) 
         body = {"model_id": model, "seq_id": 4, "kind": "inflight"}
         api.post("save_weights_for_sampler", sampling_session_seq_id=4, **body)
         engine.go_on.release()
-        engine.waits_after(1)  # the newer weights are saved after this slice, or the next
+        engine.waits_after(1)  # the newer weights are saved after this slice or the next
         engine.go_on.release(100)
         assert len(api.result(before)["sequences"][0]["tokens"]) == 24
         api.result(api.submit_sample(sampler, 1, sampling_params=params))
         assert [len(batch) for batch in engine.batches] == [1, 1]
-        api.model(number=1)  # the engine thread has done what came before
+        api.model(number=1)  # by now the engine thread has done all earlier work
         assert len(list((tmp_path / "samplers").iterdir())) == 1
 
 
-def test_a_request_at_fault_fails_alone(tmp_path: Path) -> None:
+def test_a_faulty_request_fails_alone(tmp_path: Path) -> None:
     class Picky(HeldEngine):
         def _draws(self, request: SampleRequest, steps: int) -> Any:
             if request.num_samples == 3:
@@ -344,7 +344,7 @@ def test_a_batch_that_breaks_fails_all_its_requests(tmp_path: Path) -> None:
             yield []
             if requests[0].num_samples == 2:
                 raise ValueError("NaN in the logits")
-            # else it ends without a result
+            # otherwise it ends without a result
 
     with serving(tmp_path, Broken()) as api:
         sampler = api.sampler(api.session())
@@ -355,7 +355,7 @@ def test_a_batch_that_breaks_fails_all_its_requests(tmp_path: Path) -> None:
         assert failure == {"error": "the engine ended without a result", "category": "server"}
 
 
-def test_a_sampler_keeps_its_weights_when_the_checkpoint_goes(api: Api) -> None:
+def test_a_sampler_keeps_its_weights_when_the_checkpoint_is_deleted(api: Api) -> None:
     session = api.session()
     model = api.model(session)
     path = api.save(model, 1, "s", "save_weights_for_sampler")
@@ -418,7 +418,7 @@ def test_a_retried_ephemeral_save_with_a_new_sampler_number_is_one_save(api: Api
     assert api.get(f"sessions/{model.partition(':')[0]}")["sampler_ids"] == [sampler]
 
 
-def test_the_weights_of_ended_samplers_leave_the_disk(api: Api, tmp_path: Path) -> None:
+def test_the_weights_of_ended_samplers_are_deleted_from_disk(api: Api, tmp_path: Path) -> None:
     session = api.session()
     model = api.model(session)
     for seq_id in (1, 2):
@@ -455,14 +455,14 @@ def test_the_weights_of_ended_samplers_leave_the_disk(api: Api, tmp_path: Path) 
         ({"sampling_session_id": None}, "'sampling_session_id' is missing"),
     ],
 )
-def test_a_sample_that_cannot_be_is_refused(api: Api, changes: Dict[str, Any], says: str) -> None:
+def test_an_invalid_sample_request_is_refused(api: Api, changes: Dict[str, Any], says: str) -> None:
     sampler = api.sampler(api.session())
     body = {**api.sample_body(sampler, 0), **changes}
     assert says in api.post("asample", 400, **body)["detail"]
     assert "sequences" in api.result(api.submit_sample(sampler, 1))
 
 
-def test_a_sampler_that_cannot_be_is_refused(api: Api) -> None:
+def test_an_invalid_sampler_is_refused(api: Api) -> None:
     session = api.session()
 
     def refused(status: int, **body: Any) -> str:
@@ -492,10 +492,10 @@ def test_too_many_queued_samples_are_turned_away(tmp_path: Path) -> None:
         engine.let_go.set()
         for one in (held, *made):
             api.result(one)
-        assert "sequences" in api.result(api.post("asample", **body))  # the same number, later
+        assert "sequences" in api.result(api.post("asample", **body))  # the number succeeds later
 
 
-def test_gathering_waits_by_the_clock_and_not_longer(tmp_path: Path) -> None:
+def test_a_batch_gathers_requests_only_for_a_limited_time(tmp_path: Path) -> None:
     limits = SamplingLimits(gather_s=0.01, gather_most_s=0.02)
     engine = HeldEngine()
     with serving(tmp_path, engine, limits=limits) as api:
@@ -520,7 +520,7 @@ def test_many_threads_share_one_sampler(api: Api, engine: HeldEngine) -> None:
     assert all(value == results[0] for value in results.values())
 
 
-def test_everything_about_a_prompt(api: Api) -> None:
+def test_all_logprobs_of_a_prompt(api: Api) -> None:
     sampler = api.sampler(api.session())
     made = api.submit_sample(
         sampler,
@@ -553,7 +553,7 @@ def test_everything_about_a_prompt(api: Api) -> None:
     assert [len(row or ()) for row in response.sequences[0].topk_logprobs or ()] == [2] * 4
 
 
-def test_stops(api: Api) -> None:
+def test_stop_conditions(api: Api) -> None:
     sampler = api.sampler(api.session())
     params = {"max_tokens": 30, "temperature": 0.0}
     made = api.submit_sample(sampler, 0, sampling_params={**params, "stop": []})
@@ -576,7 +576,7 @@ def test_a_sampler_of_an_expired_session_refuses(tmp_path: Path) -> None:
         assert "expired" in api.post("asample", 404, **api.sample_body(sampler, 0))["detail"]
 
 
-def test_a_sampler_that_cannot_be_loaded_says_why_and_may_be_tried_again(
+def test_a_sampler_that_cannot_be_loaded_gives_the_reason_and_can_be_retried(
     tmp_path: Path,
 ) -> None:
     class Full(HeldEngine):
@@ -596,7 +596,7 @@ def test_a_sampler_that_cannot_be_loaded_says_why_and_may_be_tried_again(
         assert "sequences" in api.result(api.submit_sample(sampler, 1))
 
 
-def test_a_batch_the_engine_refuses_fails(tmp_path: Path) -> None:
+def test_a_batch_that_the_engine_refuses_fails(tmp_path: Path) -> None:
     class Refusing(HeldEngine):
         def sample(
             self,

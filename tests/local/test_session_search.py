@@ -1,4 +1,4 @@
-"""Finding sessions, and what the server returns about them."""
+"""Searching for sessions, and the data that the server returns about them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_sessions_are_filtered(body: Dict[str, Any], expected: List[str]) -> Non
     assert found(ROWS, **body) == expected
 
 
-def test_pages_hold_every_session_once_even_those_of_one_instant() -> None:
+def test_pages_contain_every_session_once_even_those_created_at_the_same_instant() -> None:
     rows = [row(f"s{n:02}", created_at=100.0 + n // 4) for n in range(23)]
     seen: List[str] = []
     cursor: Optional[Dict[str, str]] = None
@@ -99,7 +99,7 @@ def test_a_full_last_page_has_no_cursor() -> None:
         ({"project_ids": "p1"}, "project_ids"),
     ],
 )
-def test_what_is_wrong_with_a_search_is_named(api: Api, body: Dict[str, Any], says: str) -> None:
+def test_the_fault_of_a_search_is_named(api: Api, body: Dict[str, Any], says: str) -> None:
     assert says in api.post("sessions/search", 400, **body)["detail"]
 
 
@@ -120,7 +120,7 @@ def test_an_instant_has_microseconds_and_a_zone() -> None:
 # Over the routes
 
 
-def test_a_session_is_found_with_what_is_known_of_it(api: Api) -> None:
+def test_a_found_session_comes_with_its_data(api: Api) -> None:
     session = str(
         api.post(
             "create_session",
@@ -161,13 +161,13 @@ def test_the_first_end_of_a_session_counts(tmp_path: Path) -> None:
             api.post(f"sessions/{session}/finish", reason={"type": reason}, detail=detail)
         api.post("sessions/nobody/finish", 404, reason={"type": "success"}, detail=None)
         api.post(f"sessions/{session}/finish", 400, reason={"type": "bored"})
-    with serving(tmp_path) as api:  # and a restart keeps it
+    with serving(tmp_path) as api:  # it survives a restart
         (summary,) = api.post("sessions/search", session_id=session)["sessions"]
         assert summary["status"]["reason"] == {"type": "errored"}
         assert summary["status"]["detail"] == "ValueError: x"
 
 
-def test_sessions_that_end_otherwise_were_cancelled(tmp_path: Path) -> None:
+def test_sessions_that_end_in_another_way_count_as_cancelled(tmp_path: Path) -> None:
     clock = ManualClock()
     with serving(tmp_path, clock=clock, session_ttl_s=60) as api:
         expired = api.session()
@@ -195,7 +195,7 @@ def test_a_session_is_assigned_to_a_project(api: Api) -> None:
     assert gone.status_code == 404
 
 
-def test_a_session_whose_response_was_lost_is_not_made_twice(api: Api) -> None:
+def test_a_session_whose_response_was_lost_is_not_created_twice(api: Api) -> None:
     def create(**headers: str) -> str:
         answer = api.client.post("/api/v1/create_session", json={"tags": []}, headers=headers)
         return str(answer.get_json()["session_id"])

@@ -1,4 +1,4 @@
-"""Sessions live as long as their heartbeats; what they made ends with them."""
+"""Sessions live as long as their heartbeats; their runs and samplers end with them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_a_heartbeat_postpones_the_end() -> None:
     table.add("a", now=0)
     table.add("b", now=10)
     assert table.beat("a", now=50)
-    assert table.next_due() == 70  # b's turn now
+    assert table.next_due() == 70  # now b expires next
     assert table.drop_expired(now=100) == ["b"]
     assert table.drop_expired(now=110) == ["a"]
 
 
-def test_a_heartbeat_that_comes_too_late_does_not_revive() -> None:
+def test_a_late_heartbeat_does_not_revive_a_session() -> None:
     table = SessionTable(ttl_s=60)
     table.add("a", now=0)
     assert not table.beat("a", now=60)
@@ -51,13 +51,13 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
         api.post("session_heartbeat", session_id=session)
         clock.now += 50
         api.post("session_heartbeat", session_id=session)
-        gap = api.step(model, 9)  # waits for the others
+        gap = api.step(model, 9)  # waits for earlier numbers
         engine.log.clear()
         clock.now += 60
         problem = api.post("session_heartbeat", 404, session_id=session)
         assert "no heartbeat for 60 s" in problem["detail"]
         assert "load the last checkpoint" in problem["detail"]
-        # The engine thread waits by the real clock.
+        # The engine thread waits on the real clock.
         api.backend.scheduler.rotation.request_housekeeping()
         failure = api.result(gap)
         assert failure["category"] == "user"
@@ -66,7 +66,7 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
         assert "expired" in api.step(model, 10, expect=404)["detail"]
         body = api.sample_body(sampler, 1)
         assert "expired" in api.post("asample", 404, **body)["detail"]
-        other = api.model()  # a turn of the engine later, the rest is unloaded
+        other = api.model()  # after another turn of the engine the rest is unloaded
         assert sorted(engine.log) == ["unload 0", "unload sampler 0"]
         api.step(other, 1)
 
@@ -100,7 +100,7 @@ def test_a_finished_session_is_gone(api: Api, engine: HeldEngine) -> None:
         sampling_session_seq_id=0,
         base_model="deterministic",
     )
-    api.post(f"sessions/{session}/finish", reason={"type": "success"})  # once more is no error
+    api.post(f"sessions/{session}/finish", reason={"type": "success"})  # repeating is no error
     problem = api.post("session_heartbeat", 410, session_id=session)
     assert "errored" in problem["detail"]  # the first reason stands
 
@@ -118,7 +118,7 @@ def test_an_unknown_reason_to_finish_is_refused(api: Api) -> None:
     api.post("session_heartbeat", session_id=session)
 
 
-def test_sessions_are_listed_newest_first_with_what_they_made(api: Api) -> None:
+def test_sessions_are_listed_newest_first_with_their_runs_and_samplers(api: Api) -> None:
     first = api.post("create_session", user_metadata={"a": "b"}, display_name="one")["session_id"]
     second = api.session()
     model, sampler = api.model(first), api.sampler(first)
@@ -133,7 +133,7 @@ def test_sessions_are_listed_newest_first_with_what_they_made(api: Api) -> None:
     api.get("sessions?limit=many", 400)
 
 
-def test_other_sessions_go_on_when_one_ends(api: Api) -> None:
+def test_other_sessions_continue_when_one_ends(api: Api) -> None:
     ending, staying = api.session(), api.session()
     model = api.model(staying)
     api.model(ending)
@@ -141,13 +141,13 @@ def test_other_sessions_go_on_when_one_ends(api: Api) -> None:
     assert "metrics" in api.result(api.submit_pass(model, 1))
 
 
-def test_housekeeping_that_fails_does_not_end_the_engine_thread(
+def test_failing_housekeeping_does_not_end_the_engine_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = ManualClock()
     with serving(tmp_path, clock=clock) as api:
         monkeypatch.setattr(api.backend.store.checkpoints, "delete_expired", lambda: 1 / 0)
         clock.now += 20
-        api.model()  # its new session has the housekeeping done ...
-        api.model()  # ... before a later turn
+        api.model()  # its new session triggers the housekeeping ...
+        api.model()  # ... which runs before a later turn
         assert "housekeeping failed" in caplog.text

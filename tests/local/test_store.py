@@ -1,4 +1,4 @@
-"""What is remembered survives a restart; what a crash leaves behind does not."""
+"""Stored data survives a restart; the leftovers of a crash do not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_restart_keeps_runs_and_checkpoints(tmp_path: Path) -> None:
         assert api.result(api.submit_pass(resumed, 1))["metrics"] == expected
 
 
-def test_a_server_that_crashed_is_followed_by_one_that_works(tmp_path: Path) -> None:
+def test_a_server_works_on_the_folder_of_a_crashed_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.add_session("s", {})
     store.add_run("s:train:0", "s", "base", LoraConfig(rank=4), {"type": "adamw"}, None)
@@ -190,10 +190,10 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(LocalServerError, match="cannot use the data directory"):
         Store(tmp_path)
     (tmp_path / "tinkex.sqlite3").unlink()
-    Store(tmp_path).close()  # the failed start gave the folder free
+    Store(tmp_path).close()  # the failed start has released the folder
 
 
-def test_a_run_in_use_moves_to_the_front_at_most_once_a_second(tmp_path: Path) -> None:
+def test_a_run_in_use_moves_to_the_front_of_the_list_at_most_once_a_second(tmp_path: Path) -> None:
     wall = Wall()
     store = Store(tmp_path, wall=wall)
     for name in ("a", "b"):
@@ -230,7 +230,7 @@ def test_runs_and_checkpoints_are_listed_in_pages(api: Api) -> None:
     assert "unknown" in api.get("training_runs/nix/checkpoints", 404)["detail"]
 
 
-def test_a_checkpoint_is_published_dated_and_deleted(api: Api) -> None:
+def test_a_checkpoint_is_published_given_an_expiry_and_deleted(api: Api) -> None:
     model = api.model()
     made = api.post(
         "save_weights",
@@ -271,7 +271,7 @@ def test_a_checkpoint_is_published_dated_and_deleted(api: Api) -> None:
 
 
 class FullDisk:
-    """A connection on a disk without room for a change, until *roomy* finds some."""
+    """A connection on a disk without room for a change, until *roomy* says there is some."""
 
     def __init__(self, connection: sqlite3.Connection, roomy: Callable[[], bool]) -> None:
         self._connection = connection
@@ -297,7 +297,7 @@ def test_the_reserve_makes_room_for_changes_on_a_full_disk(
     reserve = tmp_path / "reserve"
     assert reserve.stat().st_size == 1 << 20
     linked, other = save(store, "linked"), save(store, "other")
-    store.freeze(linked)  # its files stay, so that deleting them makes no room
+    store.freeze(linked)  # the copy keeps the files, so deleting the checkpoint frees no space
     fill_disk(store, lambda: not reserve.exists())
     store.checkpoints.delete(linked)
     assert "full disk" in caplog.text
@@ -310,7 +310,7 @@ def test_the_reserve_makes_room_for_changes_on_a_full_disk(
     store.close()
 
 
-def test_a_deletion_makes_room_for_itself_once_the_reserve_is_used_up(tmp_path: Path) -> None:
+def test_a_deletion_works_even_after_the_reserve_is_used_up(tmp_path: Path) -> None:
     store = Store(tmp_path)
     row = save(store, "a")
     (tmp_path / "reserve").unlink()
@@ -323,14 +323,14 @@ def test_a_deletion_makes_room_for_itself_once_the_reserve_is_used_up(tmp_path: 
     store.close()
 
 
-def test_a_server_that_was_killed_starts_on_a_full_disk(
+def test_a_killed_server_starts_again_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
     save(store, "a")
     store.close()
     assert not (tmp_path / "reserve").exists()
-    (tmp_path / "reserve").write_bytes(bytes(1 << 20))  # as a server leaves it that was killed
+    (tmp_path / "reserve").write_bytes(bytes(1 << 20))  # as a killed server leaves it
     connect = database._connect
 
     def full(path: str) -> sqlite3.Connection:
@@ -344,7 +344,9 @@ def test_a_server_that_was_killed_starts_on_a_full_disk(
     store.close()
 
 
-def test_a_disk_that_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_a_full_disk_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Store) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -353,7 +355,7 @@ def test_a_disk_that_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         Store(tmp_path)
     assert str(tmp_path) in str(caught.value)
     monkeypatch.undo()
-    Store(tmp_path).close()  # the folder was given free
+    Store(tmp_path).close()  # the folder was released
 
 
 def test_a_reserve_that_finds_no_room_leaves_nothing(
@@ -370,7 +372,7 @@ def test_a_reserve_that_finds_no_room_leaves_nothing(
     assert not reserve.release()
 
 
-def test_a_start_removes_only_what_a_store_has_made(tmp_path: Path) -> None:
+def test_a_start_removes_only_files_that_a_store_created(tmp_path: Path) -> None:
     mine = [
         tmp_path / "samplers" / "drums" / "kick.wav",
         tmp_path / "samplers" / "notes.txt",
@@ -397,7 +399,7 @@ def test_a_start_removes_only_what_a_store_has_made(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_missing_checkpoint_names_the_folder_that_was_searched(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_checkpoint_names_the_folder_searched(tmp_path: Path) -> None:
     with serving(tmp_path) as api:
         model = api.model()
         path = api.save(model, 1, "a")

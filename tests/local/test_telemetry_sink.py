@@ -1,4 +1,4 @@
-"""What the sink takes, what it refuses, and how much it keeps."""
+"""What the telemetry sink accepts, what it refuses, and how much it keeps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch(*events: Any, **changes: Any) -> Dict[str, Any]:
     }
 
 
-def test_events_are_taken_and_kept(api: Api) -> None:
+def test_events_are_accepted_and_kept(api: Api) -> None:
     assert api.post("telemetry", **batch(*EVENTS)) == {"status": "accepted"}
     kept = api.backend.telemetry.events()
     assert [one["event"] for one in kept] == [one["event"] for one in EVENTS]
@@ -84,7 +84,7 @@ def test_a_malformed_batch_is_refused_as_a_whole(
     assert api.backend.telemetry.events() == []
 
 
-def test_nothing_of_it_is_logged(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+def test_telemetry_is_not_logged(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         event = {**EVENTS[3], "event_data": {"request_headers": {"X-API-Key": "tml-secret"}}}
         api.post("telemetry", **batch(event))

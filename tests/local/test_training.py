@@ -1,4 +1,4 @@
-"""Runs: both dialects, saving, loading, and what is refused."""
+"""Runs: both dialects, saving, loading, and refused requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_a_pass_answers_in_the_dialect_that_is_accepted(api: Api, codec: Codec) -> None:
+def test_the_result_of_a_pass_has_the_accepted_encoding(api: Api, codec: Codec) -> None:
     model = api.model()
     other = PROTOBUF if codec is JSON else JSON
     made = api.submit_pass(model, 1, [datum(), datum(9)], codec=other)
@@ -45,7 +45,7 @@ def test_both_dialects_compute_the_same(api: Api) -> None:
     assert results[0] == results[1]
 
 
-def test_failures_and_pending_responses_are_json_whatever_is_accepted(tmp_path: Path) -> None:
+def test_failures_and_pending_responses_are_always_json(tmp_path: Path) -> None:
     with serving(tmp_path, retrieve_hold_s=0.0) as api:
         session = api.session()
         api.submit_model(session)
@@ -93,7 +93,7 @@ def test_forward_leaves_no_gradient(api: Api) -> None:
     forward = api.client.post("/api/v1/forward", data=body, content_type="application/json")
     after_a_step = api.result(forward.get_json())["metrics"]["loss:sum"]
     assert after_a_step < first
-    api.result(api.step(model, 4))  # nothing to step with
+    api.result(api.step(model, 4))  # there is no gradient to step with
     again = api.result(api.submit_pass(model, 5))["metrics"]["loss:sum"]
     assert again == after_a_step
 
@@ -108,7 +108,7 @@ def test_info_of_a_run(api: Api) -> None:
     assert "unknown" in api.post("get_info", 404, model_id="no:train:0")["detail"]
 
 
-def test_info_of_a_run_lists_what_its_adapter_changes(tmp_path: Path) -> None:
+def test_info_of_a_run_lists_the_adapted_layers(tmp_path: Path) -> None:
     class Layered(HeldEngine):
         def adapted(self, lora: LoraConfig) -> Dict[str, int]:
             return {"layers.*.up_proj": 12} if lora.train_mlp else {}
@@ -140,7 +140,7 @@ def test_creating_the_same_run_twice_is_one_run(api: Api, engine: HeldEngine) ->
         ({"model_seq_id": -1}, "starts at 0"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused(api: Api, changes: dict, says: str) -> None:
+def test_an_invalid_run_is_refused(api: Api, changes: dict, says: str) -> None:
     body = {"session_id": api.session(), "model_seq_id": 0, "base_model": "deterministic"}
     assert says in api.post("create_model", 400, **{**body, **changes})["detail"]
 
@@ -165,7 +165,7 @@ def test_a_run_that_cannot_be_is_refused(api: Api, changes: dict, says: str) -> 
         ),
     ],
 )
-def test_a_batch_that_cannot_be_is_refused(api: Api, data: list, says: str) -> None:
+def test_an_invalid_batch_is_refused(api: Api, data: list, says: str) -> None:
     model = api.model()
     assert says in api.submit_pass(model, 1, data, expect=400)["detail"]
     assert "metrics" in api.result(api.submit_pass(model, 2))
@@ -198,7 +198,7 @@ def test_a_batch_that_cannot_be_is_refused(api: Api, data: list, says: str) -> N
         ("load_weights", {"path": "tinker://a/sampler_weights/c", "optimizer": True}, "needs"),
     ],
 )
-def test_what_is_wrong_is_named_and_the_run_goes_on(
+def test_the_fault_of_a_request_is_named_and_the_run_continues(
     api: Api, path: str, body: dict, says: str
 ) -> None:
     model = api.model()
@@ -245,7 +245,7 @@ def test_a_resumed_run_continues_like_the_one_it_came_from(api: Api) -> None:
     assert steps == [2.0, 2.0, 1.0]
 
 
-def test_weights_are_loaded_into_a_living_run(api: Api) -> None:
+def test_weights_can_be_loaded_into_an_existing_run(api: Api) -> None:
     model = api.model()
     path = api.save(model, 1, "start")
     before = api.result(api.submit_pass(model, 2))["metrics"]
@@ -255,7 +255,7 @@ def test_weights_are_loaded_into_a_living_run(api: Api) -> None:
     assert api.result(api.submit_pass(model, 5))["metrics"] == before
 
 
-def test_loading_what_is_not_there_says_what_is(api: Api) -> None:
+def test_loading_a_missing_checkpoint_lists_the_existing_ones(api: Api) -> None:
     model = api.model()
     api.save(model, 1, "a")
     body = {"model_id": model, "seq_id": 2, "path": f"tinker://{model}/weights/b"}
@@ -270,7 +270,7 @@ def test_a_checkpoint_name_is_used_once_unless_overwritten(api: Api) -> None:
     model = api.model()
     path = api.save(model, 1, "a")
     assert "exists" in api.post("save_weights", 409, model_id=model, seq_id=2, path="a")["detail"]
-    assert api.save(model, 3, "a", "save_weights_for_sampler")  # another kind, another name
+    assert api.save(model, 3, "a", "save_weights_for_sampler")  # the same name with another kind
     api.result(api.submit_pass(model, 4))
     api.result(api.step(model, 5))
     made = api.post("save_weights", model_id=model, seq_id=6, path="a", overwrite=True)
@@ -281,10 +281,10 @@ def test_a_checkpoint_name_is_used_once_unless_overwritten(api: Api) -> None:
         api.result(api.submit_pass(f"{model[:-1]}{n}", seq))["metrics"]
         for n, seq in ((0, 7), (1, 1))
     )
-    assert old == new  # the overwriting weights were loaded, not the first ones
+    assert old == new  # the weights that overwrote the first ones were loaded
 
 
-def test_two_saves_under_one_name_in_the_queue_are_caught_too(api: Api, engine: HeldEngine) -> None:
+def test_two_queued_saves_with_the_same_name_are_caught_too(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     held = api.hold(model, 1)
     assert engine.holding.wait(20)
@@ -320,25 +320,25 @@ def test_an_unloaded_model_is_gone(api: Api, engine: HeldEngine) -> None:
     assert api.result(made) == {"model_id": model, "type": "unload_model"}
     assert "was unloaded" in api.result(gap)["error"]
     assert "was unloaded" in api.step(model, 1, expect=404)["detail"]
-    assert api.get(f"training_runs/{model}")["training_run_id"] == model  # still remembered
+    assert api.get(f"training_runs/{model}")["training_run_id"] == model  # still recorded
 
 
-def test_an_unload_that_comes_twice_is_one(api: Api, engine: HeldEngine) -> None:
+def test_a_repeated_unload_counts_once(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     held = {"request_id": api.hold(model, 1)}
     assert engine.holding.wait(20)
     first = api.post("unload_model", model_id=model)
-    assert api.post("unload_model", model_id=model) == first  # while it is queued
+    assert api.post("unload_model", model_id=model) == first  # while the first is queued
     engine.let_go.set()
     api.result(held)
     done = {"model_id": model, "type": "unload_model"}
     assert api.result(first) == done
-    assert api.post("unload_model", model_id=model) == first  # and when it is done
+    assert api.post("unload_model", model_id=model) == first  # and after it is done
     assert api.result(first) == done
     assert engine.log.count("unload 0") <= 1
 
 
-def test_a_poll_is_held_until_the_result_is_there(api: Api, engine: HeldEngine) -> None:
+def test_a_poll_is_held_until_the_result_is_ready(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     request_id = api.hold(model, 1)
     assert engine.holding.wait(20)
@@ -351,7 +351,7 @@ def test_a_poll_is_held_until_the_result_is_there(api: Api, engine: HeldEngine) 
     assert "metrics" in results[0]
 
 
-def test_polls_beyond_the_cap_are_sent_away(tmp_path: Path) -> None:
+def test_polls_beyond_the_cap_get_429(tmp_path: Path) -> None:
     engine = HeldEngine()
     with serving(tmp_path, engine, max_held_polls=1) as api:
         model = api.model()
@@ -381,9 +381,9 @@ def test_an_unknown_request_is_not_found(api: Api) -> None:
     api.post("retrieve_future", 400)
 
 
-def test_config_of_losses_reaches_the_engine(api: Api) -> None:
+def test_settings_of_losses_reach_the_engine(api: Api) -> None:
     model = api.model()
-    # Tokens that are no candidates have a log-probability near -15, so the ratio is over 2.
+    # Tokens that are not candidates have a log-probability near -15, so the ratio is over 2.
     rl = Datum(
         ModelInput.from_ints([1, 2]),
         {"target_tokens": [2, 3], "logprobs": [-16.0, -16.0], "advantages": [1.0, 1.0]},
@@ -399,7 +399,7 @@ def test_config_of_losses_reaches_the_engine(api: Api) -> None:
         assert loss == pytest.approx(-2 * bound)
 
 
-def test_a_body_that_is_nobodys_is_refused(api: Api) -> None:
+def test_a_body_without_a_valid_run_is_refused(api: Api) -> None:
     model = api.model()
     bodies = (
         (b"\xff\xff", PROTOBUF.content_type),
@@ -410,7 +410,7 @@ def test_a_body_that_is_nobodys_is_refused(api: Api) -> None:
     for body, content_type in bodies:
         answer = api.client.post("/api/v1/forward_backward", data=body, content_type=content_type)
         assert answer.status_code == 400, body
-    assert "metrics" in api.result(api.submit_pass(model, 1))  # no number was used up
+    assert "metrics" in api.result(api.submit_pass(model, 1))  # no seq_id was used up
 
 
 def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
         assert api.post("create_sampling_session", 400, **body)["detail"] == says
 
 
-def test_a_run_whose_weights_cannot_be_loaded_is_not_there(api: Api, tmp_path: Path) -> None:
+def test_a_run_whose_weights_cannot_be_loaded_does_not_exist(api: Api, tmp_path: Path) -> None:
     session = api.session()
     model = api.model(session)
     path = api.save(model, 1, "a")
@@ -481,13 +481,13 @@ def test_images_are_refused_by_name(api: Api) -> None:
     assert "ImageChunk" in api.post("asample", 400, **body)["detail"]
 
 
-def test_a_loss_whose_definition_is_not_public_names_those_to_use_instead(api: Api) -> None:
+def test_the_error_about_a_loss_without_a_public_definition_names_alternatives(api: Api) -> None:
     problem = api.submit_pass(api.model(), 1, [datum()], "stable_reinforce", expect=400)
     assert "its definition is not public" in problem["detail"]
     assert "importance_sampling, ppo, cispo or gspo" in problem["detail"]
 
 
-def test_gspo_takes_the_inputs_of_a_response_only(api: Api) -> None:
+def test_gspo_accepts_inputs_for_the_response_tokens_only(api: Api) -> None:
     model = api.model()
     response = Datum(
         ModelInput.from_ints([1, 2, 3, 4]),

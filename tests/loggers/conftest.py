@@ -1,4 +1,4 @@
-"""Stand-ins for optional packages: the part of their public interface that the loggers use."""
+"""Stand-ins for optional packages, with the part of their public interface that the loggers use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def install(monkeypatch):
 
 @pytest.fixture
 def uninstall(monkeypatch):
-    """Return a function that has importing *name* fail."""
+    """Return a function that makes importing *name* fail."""
 
     def uninstall(*names):
         for name in names:

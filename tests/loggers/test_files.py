@@ -66,7 +66,7 @@ def test_a_continued_run_replaces_the_steps_after_its_checkpoint(tmp_path):
     assert [row["first"] for row in table(tmp_path)] == ["1", "1", "1", "", ""]
 
 
-def test_a_run_that_goes_back_without_being_started_again_replaces_its_steps(tmp_path):
+def test_a_run_that_goes_back_without_a_restart_replaces_its_steps(tmp_path):
     with open_loggers(tmp_path, ["csv"]) as loggers:
         for step in [0, 1, 2, 3, 1, 2]:
             loggers.log(step, {"loss": float(step)})
@@ -99,7 +99,7 @@ def test_a_damaged_line_is_reported_with_its_number(tmp_path, line):
         read_metrics(tmp_path)
 
 
-def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
+def test_values_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path):
     with open_loggers(tmp_path, ["csv"]) as loggers:
         loggers.log(0, {"loss": math.nan, "gradient_norm": math.inf})
     assert lines(tmp_path) == [{"step": 0, "loss": None, "gradient_norm": None}]
@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     assert table(tmp_path)[0]["loss"] == "nan"
 
 
-def test_numbers_of_numpy_are_taken(tmp_path):
+def test_numpy_numbers_are_accepted(tmp_path):
     with open_loggers(tmp_path) as loggers:
         loggers.log(np.int64(0), {"loss": np.float32(0.5), "tokens": np.int64(3)})
     assert lines(tmp_path) == [{"step": 0, "loss": 0.5, "tokens": 3}]
@@ -123,7 +123,7 @@ def test_numbers_of_numpy_are_taken(tmp_path):
         ({"step": 1.0}, "a metric cannot be named 'step'"),
     ],
 )
-def test_what_is_no_number_is_refused_and_nothing_is_written(tmp_path, metrics, message):
+def test_a_value_that_is_not_a_number_is_refused_and_nothing_is_written(tmp_path, metrics, message):
     with open_loggers(tmp_path) as loggers:
         with pytest.raises(InvalidInputError, match=message):
             loggers.log(0, metrics)
@@ -131,14 +131,14 @@ def test_what_is_no_number_is_refused_and_nothing_is_written(tmp_path, metrics, 
 
 
 @pytest.mark.parametrize("step", [-1, 0.5, "1", True, None])
-def test_a_step_counts_from_0(tmp_path, step):
+def test_steps_count_from_0(tmp_path, step):
     with open_loggers(tmp_path) as loggers:
         with pytest.raises(InvalidInputError, match="step must be an int"):
             loggers.log(step, {"loss": 1.0})
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_lines_before(tmp_path):
-    """/dev/full stands for the disk; the child limits the size of its files instead."""
+    """/dev/full stands for the full disk, or else the child limits the size of its files."""
     script = (
         "import resource, signal, sys\n"
         "from tinkex.errors import RunFolderError\n"
@@ -161,7 +161,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_lines_before(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 0, "loss": 1.0}\n'
 
 
-def test_an_output_that_fails_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_failing_output_is_dropped_with_a_warning(tmp_path, monkeypatch, caplog):
     from tinkex.loggers import files
 
     def full(path, content):

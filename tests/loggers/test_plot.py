@@ -56,13 +56,13 @@ def test_several_runs_are_compared_metric_by_metric(matplotlib: Any, tmp_path: P
     assert (losses.get_ylabel(), rewards.get_ylabel()) == ("loss", "reward")
 
 
-def test_folders_of_the_same_name_have_labels_of_their_own(matplotlib: Any, tmp_path: Path) -> None:
+def test_folders_with_the_same_name_have_different_labels(matplotlib: Any, tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / part / "run") for part in "ab"]
     (axes,) = plot(*folders, smoothing=0).axes
     assert [label for label, _ in curves_of(axes)] == ["run", str(folders[1])]
 
 
-def test_metrics_that_were_read_are_drawn_like_a_folder(matplotlib: Any, tmp_path: Path) -> None:
+def test_a_list_of_metrics_is_drawn_like_a_folder(matplotlib: Any, tmp_path: Path) -> None:
     rows = read_metrics(run_folder(tmp_path))
     (axes,) = plot(rows, metrics=["tokens"], smoothing=0).axes
     assert curves_of(axes) == [("tokens", [7, 7, 7, 7])]
@@ -74,20 +74,20 @@ def test_a_notebook_shows_the_figure(matplotlib: Any, tmp_path: Path) -> None:
     assert plot(run_folder(tmp_path))._repr_png_().startswith(b"\x89PNG")
 
 
-def test_the_average_skips_what_is_no_number() -> None:
+def test_the_average_skips_values_that_are_not_numbers() -> None:
     assert smoothed([math.nan, 2.0, math.nan], 0.9)[1:] == [pytest.approx(2.0)] * 2
     assert math.isnan(smoothed([math.nan], 0.9)[0])
     assert smoothed([1.0, 5.0], 0.0) == [1.0, 5.0]
 
 
-def test_a_loss_that_is_no_number_may_be_none(matplotlib: Any) -> None:
+def test_a_missing_loss_may_be_none(matplotlib: Any) -> None:
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 3.0}]
     (axes,) = plot(rows).axes
     (average, _) = axes.get_lines()
     assert len(average.get_ydata()) == 3
 
 
-def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> None:
+def test_metrics_that_cannot_be_drawn_are_an_error(matplotlib: Any, tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     with pytest.raises(InvalidInputError, match="nothing to plot"):
         plot()

@@ -11,7 +11,7 @@ from tinkex.loggers import curves, open_loggers
 
 
 class Recorder:
-    """A run of a tracker, or a SummaryWriter: keeps what it is given."""
+    """A run of a tracker, or a SummaryWriter: records what it is given."""
 
     def __init__(self, *arguments, **options):
         self.arguments, self.options = arguments, options
@@ -77,7 +77,7 @@ def test_a_tracker_gets_each_step_once_in_one_run(tmp_path, install, make, made,
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_each_step_of_a_finished_run_that_goes_on(
+def test_a_tracker_gets_each_step_of_a_finished_run_that_is_continued(
     tmp_path, install, make, made, name
 ):
     install(name, init=make)
@@ -91,13 +91,13 @@ def test_a_tracker_gets_each_step_of_a_finished_run_that_goes_on(
     assert after.logged == [(2, {"loss": 2.0}), (3, {"loss": 3.0}), (4, {"heldout_loss": 9.0})]
 
 
-def test_more_metrics_of_the_same_step_are_sent_as_they_come(tmp_path, install, make, made):
+def test_further_metrics_of_the_same_step_are_sent_when_logged(tmp_path, install, make, made):
     install("wandb", init=make)
     with open_loggers(tmp_path, ["wandb"]) as loggers:
         loggers.log(0, {"loss": 1.0})
         loggers.log(0, {"heldout_loss": 2.0})
         loggers.log(1, {"loss": 0.5})
-        loggers.log(0, {"loss": 1.0})  # the session was lost, and the run went back
+        loggers.log(0, {"loss": 1.0})  # as if the session was lost and the run went back
         loggers.log(1, {"loss": 0.5})
         loggers.log(2, {"loss": 0.1})
     sent = [(0, {"loss": 1.0}), (0, {"heldout_loss": 2.0}), (1, {"loss": 0.5}), (2, {"loss": 0.1})]
@@ -105,7 +105,7 @@ def test_more_metrics_of_the_same_step_are_sent_as_they_come(tmp_path, install, 
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_the_project_is_read_from_the_trackers_variable(
+def test_the_project_is_read_from_the_variable_of_the_tracker(
     tmp_path, install, make, made, name, monkeypatch
 ):
     monkeypatch.setenv(f"{name.upper()}_PROJECT", "poems")
@@ -114,7 +114,7 @@ def test_the_project_is_read_from_the_trackers_variable(
     assert made[0].options["project"] == "poems"
 
 
-def test_tensorboard_leaves_out_the_steps_that_are_done_again(tmp_path, install, make, made):
+def test_tensorboard_skips_repeated_steps(tmp_path, install, make, made):
     install("tensorboardX", SummaryWriter=make)
     log_steps(tmp_path, "tensorboard", range(4))
     log_steps(tmp_path, "tensorboard", [2, 3, 1])
@@ -124,7 +124,7 @@ def test_tensorboard_leaves_out_the_steps_that_are_done_again(tmp_path, install,
     assert made[1].logged == [(2, {"loss": 2.0}), (3, {"loss": 3.0})]
 
 
-def test_torch_writes_for_tensorboard_where_tensorboardx_is_missing(
+def test_torch_writes_for_tensorboard_if_tensorboardx_is_missing(
     tmp_path, install, uninstall, make, made
 ):
     uninstall("tensorboardX")
@@ -152,7 +152,7 @@ def test_a_missing_package_is_an_error_with_the_command_to_install_it(
     assert f'python -m pip install "tinkex[{extra}]"' in str(caught.value)
 
 
-def test_a_folder_of_the_packages_name_is_not_the_package(tmp_path, install):
+def test_a_folder_with_the_name_of_the_package_is_not_the_package(tmp_path, install):
     install("wandb")
     with pytest.raises(ConfigError, match="needs wandb, which is not installed"):
         open_loggers(tmp_path, ["wandb"])
@@ -230,7 +230,7 @@ class FigureStandIn:
         self.figures.drawn.append([panel.curves for panel in self.panels])
 
 
-def test_losses_and_rewards_are_plotted_in_panels_of_their_own(tmp_path, install):
+def test_losses_and_rewards_are_plotted_in_separate_panels(tmp_path, install):
     figures = Figures()
     install("matplotlib.figure", Figure=figures.Figure)
     with open_loggers(tmp_path, ["png"]) as loggers:
@@ -263,7 +263,7 @@ def test_a_plot_is_drawn_when_it_is_due_and_not_more_often(tmp_path, install, mo
         now = 120.0
         loggers.log(3, {"loss": 1.0})
         assert len(figures.drawn) == 2
-    assert len(figures.drawn) == 2  # nothing was logged since
+    assert len(figures.drawn) == 2  # nothing was logged since the last plot
 
 
 def test_without_losses_and_rewards_everything_is_plotted():

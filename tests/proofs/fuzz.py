@@ -1,12 +1,12 @@
-"""Fuzz the embedded server: valid requests of every route, changed, in both dialects.
+"""Fuzz the embedded server with mutated requests of every route, in both dialects.
 
 ``python tests/proofs/fuzz.py --bodies 1000000`` prints what was sent and found, and exits with 1 if
-the server failed (a 500, an error that was logged, a response that cannot be read, a result that
-failed for no fault of the request), did what must be refused (without its key, from a web page, for
-a forged URL), took too long or too much memory, or touched a file outside its folder.
+the server failed (a 500, a logged error, an unreadable response, a failed result although the
+request was right), served a request that it must refuse (without its key, from a web page, for a
+forged URL), took too long or too much memory, or touched a file outside its folder.
 
-A round is 1000 requests to a server of its own, and follows from the seed and the number of the
-round: ``--seed 0 --only 17`` sends the requests of round 17 again.
+A round is 1000 requests to a fresh server, determined by the seed and the number of the round:
+    ``--seed 0 --only 17`` repeats the requests of round 17.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from proofs.fuzz_world import OUTSIDE, Reply, World
 from tinkex.local.state.futures import Failure, Waiting
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 
-#: Requests of a round.
+#: Requests per round.
 PER_ROUND = 1000
 #: A request may take this long, in seconds, on a busy machine.
 SLOW_S = 10.0
-#: One request may raise the peak of the process's memory by this much.
+#: A single request may raise the process's peak memory by this much.
 MAX_GROWTH_BYTES = 256 << 20
-#: Without progress for this long, a process prints its stacks and ends, in seconds.
+#: Without progress for this long, in seconds, a process prints its stacks and ends.
 HANG_S = 300.0
 
 
 class Fault(NamedTuple):
-    """Something that went wrong: where, and with which request."""
+    """A fault of the server: where it appeared, and with which request."""
 
     round: int
     index: int
@@ -65,11 +65,11 @@ class Findings:
     """What was sent and found.
 
     Attributes:
-        statuses: of each kind of change.
-        served: 2xx responses by rule of the application.
+        statuses: the responses' statuses, by kind of change.
+        served: the number of 2xx responses, by rule of the application.
         rules: all rules of the application.
-        peak_bytes: memory of the process, at most.
-        slowest: seconds of the slowest request, and the request.
+        peak_bytes: the peak memory of the process.
+        slowest: the time of the slowest request, in seconds, and the request.
     """
 
     bodies: int = 0
@@ -81,7 +81,7 @@ class Findings:
     faults: List[Fault] = dataclasses.field(default_factory=list)
 
     def add(self, other: Findings) -> None:
-        """Take in those of another round."""
+        """Add the findings of another round."""
         self.bodies += other.bodies
         self.statuses += other.statuses
         self.served += other.served
@@ -91,18 +91,18 @@ class Findings:
         self.faults += other.faults
 
     def never_served(self) -> List[str]:
-        """Rules that refused every request, and not on purpose: the requests were not valid."""
+        """The rules that refused every request unintentionally, because no request was valid."""
         return [
             rule
             for rule in self.rules
             if not self.served[rule]
             and rule != "DELETE /api/v1/auth/apikey/me"
-            and not rule.endswith("v1/<path:path>")  # what OpenAI has and this server has not
+            and not rule.endswith("v1/<path:path>")  # routes of OpenAI that this server lacks
         ]
 
 
 class _Errors(logging.Handler):
-    """Keeps what is logged as an error, with its traceback."""
+    """Records logged errors, with their tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -117,7 +117,7 @@ class _Errors(logging.Handler):
 
 
 class Round:
-    """Sends the requests of one round, and finds what is wrong with the responses."""
+    """Sends the requests of one round, and finds faults in the responses."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Round:
             shown, began, peak = str(sent), time.perf_counter(), _peak_bytes()
             try:
                 reply = self._send(kind, sent)
-            except Exception as error:  # the application must never let one through
+            except Exception as error:  # the application must never let an exception through
                 self._fault(index, f"{type(error).__name__}: {error}", shown)
                 continue
             seconds = time.perf_counter() - began
@@ -174,7 +174,7 @@ class Round:
         return None if environ is None else self._world.respond(environ)
 
     def _over_a_socket(self, raw: bytes) -> None:
-        """Send *raw*, with a valid request behind it, and hang up: only the server must stay."""
+        """Send *raw*, followed by a valid request, and hang up; the server need only survive."""
         address = ("127.0.0.1", int(self._world.server.url.rpartition(":")[2]))
         with socket.create_connection(address, timeout=SLOW_S) as connection:
             connection.settimeout(0.05)
@@ -210,7 +210,7 @@ class Round:
             self._findings.served[_rule_of(self._world, sent.method, path)] += 1
 
     def _finish(self, errors: _Errors) -> None:
-        """Check the results of what was queued, and that the server works."""
+        """Check the results of queued work, and that the server still works."""
         world = self._world
         for index, request_id, shown in self._queued:
             outcome = world.backend.futures.wait(request_id, 0.0)
@@ -244,7 +244,7 @@ def _rule_of(world: World, method: str, path: str) -> str:
     try:
         adapter = world.server.app.url_map.bind("localhost")
         rule, _ = adapter.match(path, method, return_rule=True)
-    except Exception:  # not a path that a URL can have: served by none of them
+    except Exception:  # not a valid path in a URL, so no rule serves it
         return ""
     return f"{method} {rule.rule}"
 
@@ -265,7 +265,7 @@ def run_round(
     custom_losses: bool = True,
     alive: Callable[[], None] = _nothing,
 ) -> Findings:
-    """Send the requests of round *number* to a server of their own."""
+    """Send the requests of round *number* to a fresh server."""
     findings, errors = Findings(), _Errors()
     loggers = [logging.getLogger(name) for name in ("tinkex", "waitress")]
     for logger in loggers:
@@ -292,7 +292,7 @@ def run_round(
 
 
 def _watched() -> None:
-    """Have the process print its stacks and end if this is not called again for HANG_S."""
+    """Have the process print its stacks and end unless this is called again within HANG_S."""
     faulthandler.dump_traceback_later(HANG_S, exit=True)
 
 

@@ -1,6 +1,6 @@
-"""How tests/proofs/fuzz.py changes bodies: values, bytes, protobuf messages, compression.
+"""How tests/proofs/fuzz.py mutates bodies: values, bytes, protobuf messages, compression.
 
-Everything is drawn from a ``random.Random``, so that a seed gives the same requests again.
+All choices are drawn from a ``random.Random``, so that a seed always gives the same requests.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tinkex.wire import tinker_public_pb2 as pb
 
 
 class Raw:
-    """JSON as it is to be written, which need not be valid."""
+    """Text to be written verbatim into JSON; it need not be valid."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
-#: Identifiers and names that are none, and paths that lead elsewhere.
+#: Invalid identifiers and names, and paths that lead elsewhere.
 ODD_NAMES = (
     "", ".", "..", "../../../outside", "..\\..\\outside", "/etc/passwd", "a/b", "a/../b", "\x00",
     "~", "con", "a" * 129, "a" * 5000, "x:train:0", ":", "::", "-", "--help", "%2e%2e", "%00",
@@ -56,7 +56,7 @@ _ODD_VALUES: Tuple[Any, ...] = (
 
 
 def dump(value: Any) -> bytes:
-    """Write JSON with the texts of Raw in it."""
+    """Write JSON, with each Raw verbatim."""
     raws: List[str] = []
 
     def mark(item: Any) -> str:
@@ -91,7 +91,7 @@ def _places(value: Any, found: List[Tuple[Any, Any]]) -> List[Tuple[Any, Any]]:
 
 
 def change_value(rng: Random, body: Any) -> Any:
-    """Return *body*, a JSON object, with something in it changed."""
+    """Return *body*, a JSON object, with one value in it changed."""
     body = copy.deepcopy(body)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = _places(body, [])
@@ -147,7 +147,7 @@ def change_bytes(rng: Random, raw: bytes) -> bytes:
 
 
 def change_text(rng: Random, raw: bytes) -> bytes:
-    """Return JSON in another encoding, cut, doubled, or within something else."""
+    """Return JSON in another encoding, truncated, doubled, or wrapped."""
     text = raw.decode()
     return rng.choice((
         raw[: rng.randint(0, len(raw))],
@@ -273,7 +273,7 @@ _BOMBS: List[bytes] = []
 
 
 def compress(rng: Random, raw: bytes) -> Tuple[str, bytes]:
-    """Return a Content-Encoding, and *raw* in it, or in something else."""
+    """Return a Content-Encoding, and *raw* in that encoding or another."""
     if not _BOMBS:
         _BOMBS.extend((bomb(64 << 20), bomb(64 << 20, b"[]" * 4), bomb(64 << 20, b"\x0a\0")))
         _BOMBS.append(zstandard.compress(bomb(1 << 30)))

@@ -1,4 +1,4 @@
-"""Which request tests/proofs/fuzz.py sends next, and how it is changed."""
+"""Which request tests/proofs/fuzz.py sends next, and how it is mutated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "tml-fuzz-5a1f0c2e"
 
 
 def valid(world: World, rng: Random, index: int) -> Tuple[Sent, Any]:
-    """Return a valid request, and its JSON body; each in turn, then any."""
+    """Return a valid request, and its JSON body: each in turn, then random ones."""
     place = index if index < len(VALID) else rng.randrange(len(VALID))
     method, path, body = VALID[place]
     path, _, query = world.filled(path).partition("?")
@@ -26,7 +26,7 @@ def valid(world: World, rng: Random, index: int) -> Tuple[Sent, Any]:
 
 
 def drawn(world: World, rng: Random, index: int) -> Tuple[str, Sent]:
-    """Return the kind of a change, and a request that was changed so."""
+    """Return the kind of a mutation, and a request that was mutated in this way."""
     sent, body = valid(world, rng, index)
     kind = "valid" if index < len(VALID) else rng.choices(KINDS, _WEIGHTS)[0]
     if kind == "protobuf":
@@ -77,7 +77,7 @@ _CHANGES_OF_BODIES = ("values", "bytes", "text", "compressed")
 
 
 def _make_strange(world: World, rng: Random, sent: Sent) -> None:
-    """Make *sent* one that must be refused for who sends it."""
+    """Change *sent* into a request that must be refused because of its sender."""
     sent.must_fail = True
     if sent.path.startswith("/signed/"):
         query = dict(pair.split("=") for pair in sent.query.split("&"))

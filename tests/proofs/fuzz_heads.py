@@ -1,4 +1,4 @@
-"""How tests/proofs/fuzz.py changes what comes before a body: headers, URLs, framing, senders."""
+"""How tests/proofs/fuzz.py mutates the part before a body: headers, URLs, framing, senders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ODD_QUERIES = (
     "limit[]=1",
 )  # fmt: skip
 
-#: Headers by which a request cannot be from where it would have to be.
+#: Headers that show that a request is from a foreign web page.
 FOREIGN = (
     {"Host": "evil.example"}, {"Host": "localhost.evil.example:1"}, {"Host": ""},
     {"Host": "127.0.0.1@evil.example"}, {"Host": "\xff"}, {"Host": "169.254.169.254"},

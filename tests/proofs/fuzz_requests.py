@@ -1,4 +1,4 @@
-"""The valid requests from which tests/proofs/fuzz.py starts: some of each route."""
+"""The valid requests from which tests/proofs/fuzz.py starts, some for each route."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Sent:
     """A request.
 
     Attributes:
-        path: without its prefix's host; percent-encoded.
-        must_fail: it would be a breach if the server did what is asked.
+        path: without the host; percent-encoded.
+        must_fail: serving the request would be a breach.
     """
 
     method: str
@@ -27,8 +27,8 @@ class Sent:
         return f"{self.method} {target:.300} {self.headers!r:.600} {self.body!r:.1500}"
 
 
-#: Names of what the server has; replaced in paths and in bodies.  ``@seq`` is the next seq_id of
-#: MODEL, ``@number`` a number that was not used before, ``@name`` the name of a new checkpoint.
+#: Placeholders for objects on the server, replaced in paths and bodies.  ``@seq`` is the next
+#: seq_id of MODEL, ``@number`` an unused number, ``@name`` the name of a new checkpoint.
 NAMES = ("SESSION", "SPARE", "MODEL", "SAMPLER", "WEIGHTS", "DRAWN", "REQUEST", "LOSS")
 
 _TENSOR = {"data": [2, 3, 4], "dtype": "int64", "shape": [3]}
@@ -71,7 +71,7 @@ _CHAT = {
     ],
 }  # fmt: skip
 
-#: Method, path, JSON body (None for none); several for a route that takes several forms.
+#: Method, path, JSON body (None for none); several entries for a route with several forms.
 VALID: List[Tuple[str, str, Optional[Dict[str, Any]]]] = [
     ("GET", "/api/v1/healthz", None),
     ("GET", "/api/v1/client/config", None),

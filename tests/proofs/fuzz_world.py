@@ -1,4 +1,4 @@
-"""The servers that tests/proofs/fuzz.py sends requests to, with something of everything in them."""
+"""The servers to which tests/proofs/fuzz.py sends requests, with objects of every kind on them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tinkex.local.settings import ClientFlags, SamplingLimits, ServerSettings
 from tinkex.local.state.futures import Failure, Waiting
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 
-#: In a file beside the server's folder; no response may contain it.
+#: The contents of a file beside the server's folder; no response may contain it.
 OUTSIDE = b"this is not the server's to give"
-#: Largest body that the servers take.
+#: The largest body that the servers accept.
 MAX_BODY_BYTES = 4 << 20
 #: A result may take this long, in seconds, on a busy machine.
 RESULT_S = 300.0
@@ -49,17 +49,17 @@ class _Server(LocalServer):
 
 
 class World:
-    """A server that has something of everything, and a client of it without sockets.
+    """A server with objects of every kind, and a client of it without sockets.
 
     Args:
         folder: gets the server's folder, and a file beside it.
         api_key: the server's key, or None.
-        custom_losses: offer them; they need torch.
+        custom_losses: whether to offer them; they need torch.
     """
 
     def __init__(self, folder: Path, api_key: Optional[str], custom_losses: bool) -> None:
         if custom_losses:
-            importlib.import_module("torch")  # not within the first request that needs it
+            importlib.import_module("torch")  # before the first request that needs it
         self._folder = folder
         self.api_key = api_key
         (folder / "outside").write_bytes(OUTSIDE)
@@ -116,12 +116,12 @@ class World:
         return Reply(started[0], started[1], body)
 
     def headers(self) -> Dict[str, str]:
-        """The headers of a client that may do everything."""
+        """Return the headers of a client that may do everything."""
         headers = {"Host": "127.0.0.1:8642", "Content-Type": JSON_CONTENT_TYPE}
         return headers if self.api_key is None else {**headers, "X-API-Key": self.api_key}
 
     def post(self, path: str, /, **body: Any) -> Any:
-        """Send what must be accepted; return the response, or the result if it is queued."""
+        """Send a request that must be accepted; return the response, or the queued result."""
         sent = Sent("POST", f"/api/v1/{path}", self.headers(), orjson.dumps(body))
         reply = self.call(sent)
         assert reply.status == 200, (path, reply)
@@ -134,7 +134,7 @@ class World:
         return value
 
     def refill(self, custom_losses: bool) -> None:
-        """Make again what the requests have ended or deleted."""
+        """Recreate the objects that the requests have ended or deleted."""
         try:
             self._refill(custom_losses)
         except AssertionError:  # a request to unload the model was waiting in its queue
@@ -181,16 +181,16 @@ class World:
             names[label] = f"{parts.path}?{parts.query}"
 
     def number(self) -> int:
-        """A number that was not used before."""
+        """Return a number that was not used before."""
         return next(self._numbers)
 
     def next_seq(self) -> int:
-        """The seq_id that is next in MODEL."""
+        """Return the next seq_id of MODEL."""
         lane = self.backend.scheduler._models.get(self.names["MODEL"])
         return 1 if lane is None else int(lane.next_seq)
 
     def filled(self, value: Any) -> Any:
-        """Replace names by what they stand for."""
+        """Replace placeholders by the objects they stand for."""
         if isinstance(value, dict):
             return {name: self.filled(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -206,14 +206,14 @@ class World:
         return value
 
     def touched_outside(self) -> List[str]:
-        """What is beside the server's folder and was not, or was changed."""
+        """Return the files beside the server's folder that are new or were changed."""
         found = sorted(path.name for path in self._folder.iterdir())
         if found == ["data", "outside"] and (self._folder / "outside").read_bytes() == OUTSIDE:
             return []
         return found
 
     def parsed(self, raw: bytes) -> Optional[Dict[str, Any]]:
-        """Return the WSGI request that waitress makes of *raw*, which comes in two pieces."""
+        """Return the WSGI request into which waitress parses *raw*, received in two pieces."""
         http = self.server._http
         parser = _Parser(_admission(self.server), http.adj)
         for data in (raw[: len(raw) // 2], raw[len(raw) // 2 :]):
@@ -230,7 +230,7 @@ class World:
 
 
 class _Channel:
-    """What a task of waitress needs of its connection."""
+    """The parts of a connection that a waitress task needs."""
 
     addr = ("127.0.0.1", 1)
     creation_time = 0.0
@@ -241,7 +241,7 @@ class _Channel:
         self.adj = server.adj
 
     def check_client_disconnected(self) -> bool:
-        """No: it listens."""
+        """Report that the client is still connected."""
         return False
 
 

@@ -1,8 +1,8 @@
 """Random interleavings of training, sampling, saving, loading, cancelling and closing, over faults.
 
-``python tests/proofs/interleavings.py --examples 300`` prints what was done, and exits with 1 and
-the shortest sequence of calls that it has found if work was lost or repeated, a future was never
-settled, or the weights differ from those of the same steps without faults.
+``python tests/proofs/interleavings.py --examples 300`` prints a summary.  If work was lost or
+repeated, a future was never settled, or the weights differ from those of the same steps without
+faults, it exits with 1 and prints the shortest sequence of calls found.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> int:
-    """Run the machine."""
+    """Run the state machine."""
     from hypothesis import HealthCheck, Phase, seed, settings
     from hypothesis.stateful import run_state_machine_as_test
     from proofs.stateful.machine import Interleavings, totals

@@ -1,11 +1,11 @@
-"""Put a load on client and embedded server; neither may grow with the work that is done.
+"""Put a load on client and embedded server; neither may grow with the work done.
 
 ``python tests/proofs/load.py`` opens 200 sessions, trains 20 000 steps in 50 runs at a time, keeps
-5000 samples in flight, saves and lists 10 000 checkpoints, and makes 1000 samplers; with
-``--scale 0.1``, a tenth of that.  The server (deterministic engine, default settings) is in a
-process of its own; a second port of it reports samples in batches.  Printed for both processes:
-memory, file descriptors, threads and the size of the database, what each unit of work has added to
-them, and the time per request before and after.  Exits with 1 if something is above its bound.
+5000 samples in flight, saves and lists 10 000 checkpoints, and creates 1000 samplers; with
+``--scale 0.1``, a tenth of that.  The server (deterministic engine, default settings) runs in its
+own process; its second port offers batch polling.  For both processes it prints memory, file
+descriptors, threads and the size of the database, how much each unit of work has added to them, and
+the time per request before and after.  It exits with 1 if a value exceeds its bound.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ ADAM = AdamParams(learning_rate=0.01)
 PROMPT = ModelInput.from_ints([1, 2, 3])
 PARAMS = SamplingParams(max_tokens=4, seed=1)
 PATIENCE_S = 120.0
-#: Measurements of each kind of work; slopes are taken over the second half, when caches are full.
+#: Measurements per kind of work; slopes are taken over the second half, when caches are full.
 POINTS = 10
-#: Requests of each kind whose time is taken, before and after.
+#: Timed requests of each kind, before and after.
 PROBES = 100
 PAGE = 100
 
@@ -68,7 +68,7 @@ spawning = multiprocessing.get_context("spawn")
 
 
 class GatedEngine(DeterministicEngine):
-    """Draws no samples while the gate is shut, so that they stay in flight."""
+    """Draws no samples while the gate is closed, so that they stay in flight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class GatedEngine(DeterministicEngine):
 
 
 class LoadedServer(LocalServer):
-    """Keeps *kept* results of requests, and the ids of as many that it has dropped."""
+    """Keeps *kept* results of requests, and the ids of as many dropped ones."""
 
     kept = 20_000
 
     def _assemble(self, engine: Engine, store: Store) -> Tuple[Backend, Any, Admission]:
         admission = Admission(self.settings)
-        # However long the run takes: results that expire in the middle would look like growth.
+        # Independent of the duration, because results expiring midway would look like growth.
         futures = FutureTable(
             max_finished=self.kept, max_gone=self.kept, keep_fetched_s=1e9, keep_unfetched_s=1e9
         )
@@ -100,9 +100,9 @@ class LoadedServer(LocalServer):
 
 
 def serve(folder: str, scale: float, commands: Connection) -> None:
-    """Serve on two ports until the command to end; see `Server` for the commands."""
-    LoadedServer.kept = round(20_000 * scale)  # so that they are full at the same point
-    # A busy machine may keep a process from running for longer than a session lives by default.
+    """Serve on two ports until told to end; see `Server` for the commands."""
+    LoadedServer.kept = round(20_000 * scale)  # so that caches fill up at the same point
+    # A busy machine may suspend a process for longer than the default lifetime of a session.
     single = ServerSettings(session_ttl_s=600)
     batched = dataclasses.replace(single, flags=ClientFlags(sample_use_retrieve_futures=True))
     with contextlib.ExitStack() as opened:
@@ -139,25 +139,25 @@ class Server:
         self.url, self.batch_url = self._receive()
 
     def usage(self) -> Usage:
-        """What the process uses."""
+        """Return the resources that the process uses."""
         self._commands.send("usage")
         return self._receive()
 
     def pending(self) -> int:
-        """How many requests have no result yet, on both ports."""
+        """Return how many requests have no result yet, on both ports."""
         self._commands.send("pending")
         return sum(self._receive())
 
     def drop_results(self) -> None:
-        """Drop the results that are kept, as they would be after some minutes."""
+        """Drop the kept results, as would happen after some minutes."""
         self._commands.send("drop")
 
     def hold(self) -> None:
-        """Have samples stay in flight."""
+        """Close the gate, so that samples stay in flight."""
         self._commands.send("hold")
 
     def wait_for_pending(self, count: int) -> int:
-        """Wait until *count* requests have no result, or no more come; return how many have."""
+        """Wait until *count* requests have no result, or no more come; return the number."""
         found, before = self.pending(), -1
         while before < found < count:
             time.sleep(0.5)
@@ -165,7 +165,7 @@ class Server:
         return found
 
     def release(self) -> None:
-        """Draw the samples."""
+        """Open the gate, so that the samples are drawn."""
         self._commands.send("release")
 
     def close(self) -> None:
@@ -183,9 +183,9 @@ class Server:
 
 
 class Usage(NamedTuple):
-    """What a process uses; *database* is in bytes, of all databases below a folder.
+    """The resources of a process; *database* is the size of all databases below a folder, in bytes.
 
-    *blocks* is what Python has allocated: unlike memory, it is exact.
+    *blocks* is Python's count of allocated blocks, which is exact, unlike memory.
     """
 
     memory: float
@@ -221,7 +221,7 @@ class Both(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What one unit of work may add, and why so much: memory blocks, and bytes of the database."""
+    """How much a unit of work may add, in memory blocks and bytes of the database, and why."""
 
     client: float
     server: float
@@ -238,22 +238,22 @@ BOUNDS = {
     "sampler": Bound(5, 50, 500, "the protocol ends a sampler only with its session"),
 }
 
-#: A slope of less than this over the measurements is none: caches, and the log of the database,
-#: which is reused.
+#: Growth below this over all measurements does not count: it is due to caches, and to the log of
+#: the database, which is reused.
 NOISE = {"memory": 5e6, "blocks": 20_000, "database": 5e6}
 
-#: A process may use this much more at its end than a unit of work explains: pools, the ids of
-#: results that were dropped, and the arenas of 460 threads, of which malloc gives little back.
+#: A process may use this much more at the end than the units of work explain, for pools, the ids of
+#: dropped results, and the arenas of 460 threads, of which malloc returns little.
 IDLE = Usage(memory=100e6, blocks=200_000, descriptors=8, threads=8, database=0)
 
 #: A request may take this many times as long at the end as at the beginning ...
 SLOWER = 1.5
-#: ... or this much longer, in seconds: a shared machine is no better clock.
+#: ... or this much longer, in seconds, as timing on a shared machine is imprecise.
 SLACK_S = 0.001
 
 
 def slope(points: Sequence[float], values: Sequence[float]) -> float:
-    """What a unit of work adds, by least squares over the second half."""
+    """Return what a unit of work adds, by least squares over the second half."""
     first = len(points) // 2
     return statistics.linear_regression(points[first:], values[first:]).slope
 
@@ -262,10 +262,10 @@ def slope(points: Sequence[float], values: Sequence[float]) -> float:
 
 
 class Load:
-    """The work, and what was measured in it.
+    """The work, and the measurements during it.
 
     Args:
-        server: is put under load.
+        server: the server to put under load.
         scale: 1 is the full load.
     """
 
@@ -311,11 +311,11 @@ class Load:
 
     def _usage(self) -> Both:
         for service in self._sessions:
-            service.metrics()  # adds up what was counted
+            service.metrics()  # sums up the counters
         return Both(Usage.now(), self._server.usage())
 
     def _measure(self, kind: str, units: int, work: Callable[[int], None]) -> None:
-        """Do *units* in as many parts as there are points, and compare what each one has added."""
+        """Do *units* of work in as many parts as there are points; compare what each has added."""
         began = time.monotonic()
         done, points, usages = 0, [], []
         for part in range(1, POINTS + 1):
@@ -382,13 +382,13 @@ class Load:
             sampler.sample(PROMPT, 1, PARAMS).result()
 
     def _probe(self) -> Dict[str, float]:
-        """Take the time of requests of each kind, one after another, in seconds."""
+        """Time requests of each kind, one at a time, in seconds."""
         with ServiceClient(base_url=self._server.url) as service:
             trainer = create_trainer(service)
             sampler = service.create_sampling_client(base_model="deterministic")
             rest = service.create_rest_client()
             names = iter(range(10**9))
-            for _ in range(PAGE):  # so that there is a full page to list, the first time too
+            for _ in range(PAGE):  # so that there is a full page to list from the start
                 create_trainer(service).close()
             probes: Dict[str, Callable[[], object]] = {
                 "train_step": lambda: trainer.train_step(DATA, "cross_entropy", ADAM),
@@ -410,7 +410,7 @@ class Load:
                 self.faults.append(f"{what} takes {now / was:.1f} times as long as at first")
 
     def _settle(self, empty: Both) -> None:
-        """Wait for idle threads to end; then nothing but the database may be left."""
+        """Wait for idle threads to end; then only the database may have grown."""
         self._server.drop_results()
         deadline = time.monotonic() + 45.0
         while True:
@@ -429,12 +429,12 @@ class Load:
 
 
 def create_trainer(service: ServiceClient) -> Any:
-    """Make a run."""
+    """Create a run."""
     return service.create_lora_training_client("deterministic", rank=4)
 
 
 def train(trainer: Any, steps: int) -> None:
-    """Train one step after another."""
+    """Train step by step."""
     for _ in range(steps):
         trainer.train_step(DATA, "cross_entropy", ADAM)
 
@@ -449,7 +449,7 @@ def save(trainer: Any, count: int) -> None:
 
 
 def typical_s(call: Callable[[], object]) -> float:
-    """The time of a call, in seconds: the lower quartile, which other processes disturb least."""
+    """Return a call's time in seconds: the lower quartile, which other processes affect least."""
     times = []
     for _ in range(PROBES):
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Kill the embedded server while it saves and deletes; nothing may be lost or half-written.
+"""Kill the embedded server while it saves and deletes; no checkpoint may be lost or half-written.
 
-``python tests/proofs/server_kill.py --kills 100`` prints what was found, and exits with 1 if a
-checkpoint that was acknowledged is missing, one that is listed does not load, or a file is left.
+``python tests/proofs/server_kill.py --kills 100`` prints what was found, and exits with 1 if an
+acknowledged checkpoint is missing, a listed one does not load, or a stray file is left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinkex.local.engines.deterministic import DeterministicEngine
 
 DATA = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})]
 ADAM = AdamParams(learning_rate=0.01)
-#: The client has this many checkpoints; it deletes the oldest one when there is another.
+#: The client keeps this many checkpoints; for each further one it deletes the oldest.
 KEPT = 3
 PATIENCE_S = 60.0
 
@@ -38,7 +38,7 @@ def serve(folder: str, ready: Connection) -> None:
 
 
 def churn(url: str, done: Connection) -> None:
-    """Train, save and delete until killed; report what the server has acknowledged."""
+    """Train, save and delete until killed; report what the server acknowledges."""
     with ServiceClient(base_url=url) as service:
         trainer = service.create_lora_training_client("deterministic", rank=4)
         rest = service.create_rest_client()
@@ -65,7 +65,7 @@ class Proof:
         self.loaded = self.in_deletion = 0
 
     def kill(self, rng: random.Random) -> None:
-        """Have a client work for a while, and kill the server in the middle of it."""
+        """Have a client work for a while, and kill the server meanwhile."""
         server, url = self._start()
         ours, theirs = spawning.Pipe()
         client = spawning.Process(target=churn, args=(url, theirs), daemon=True)
@@ -88,7 +88,7 @@ class Proof:
         self.in_deletion += bool(self._may_exist)
 
     def check(self) -> None:
-        """Start a server on what was left, and compare it with what was acknowledged."""
+        """Start a server on the remaining data, and compare these with the acknowledged work."""
         server, url = self._start()
         with ServiceClient(base_url=url) as service:
             rest = service.create_rest_client()

@@ -1,7 +1,7 @@
-"""Kill a training script at random moments; it must come to the same weights, bit for bit.
+"""Kill a training script at random moments; it must arrive at the same weights, bit for bit.
 
 ``python tests/proofs/sigkill.py --kills 100`` prints what was found, and exits with 1 if a run
-differs from the one that was never interrupted.
+differs from the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tinkex.types import ParsedCheckpointTinkerPath
 
 TRAINER = Path(__file__).with_name("trainer.py")
 JOURNAL = "journal.jsonl"
-#: The script gets this long to do a step, or to come to its end, in seconds.
+#: The script gets this long for a step, or to finish, in seconds.
 PATIENCE_S = 300.0
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What the proof has found.
+    """The findings of the proof.
 
     Attributes:
-        kills, runs: how many there were; *runs* were killed until they came to their end.
-        killed_in: what the killed process had written last.
-        repeated: steps that were done again, after a checkpoint was loaded.
+        kills, runs: how many there were; each run is killed until it finishes.
+        killed_in: the kind of line that the killed process had written last.
+        repeated: steps that were repeated after a checkpoint was loaded.
         torn: journals whose last line was torn.
-        differences: of a run from the uninterrupted one; none if all is well.
+        differences: between a run and the uninterrupted one; empty if all is well.
     """
 
     kills: int = 0
@@ -63,7 +63,7 @@ class Proof:
         self._steps = steps
 
     def run(self, kills: int, rng: random.Random) -> Outcome:
-        """Kill *kills* times; when a run has come to its end before that, begin another."""
+        """Kill *kills* times; start another run whenever one finishes before that."""
         outcome = Outcome()
         uninterrupted = self._folder / f"{self._loop}-whole"
         began = time.monotonic()
@@ -95,13 +95,13 @@ class Proof:
         )
 
     def _kill_once(self, folder: Path, rng: random.Random, whole_s: float) -> bool:
-        """Start the script and kill it at a random moment; False if it ended before."""
+        """Start the script and kill it at a random moment; return False if it ended before."""
         before = self._lines(folder)
         process = self._start(folder)
-        if rng.random() < 0.25:  # at any time, often while it starts
+        if rng.random() < 0.25:  # at any time, often during the start
             moment = time.monotonic() + rng.uniform(0, min(3.0, whole_s))
             after_lines = 10**9
-        else:  # some time after it has written this many lines
+        else:  # a random time after it has written this many lines
             after_lines = before + rng.randint(1, 12)
             moment = time.monotonic() + PATIENCE_S
         while time.monotonic() < moment and process.poll() is None:
@@ -122,7 +122,7 @@ class Proof:
             raise RuntimeError(f"the script failed: {errors}")
 
     def _look_at(self, folder: Path, outcome: Outcome) -> None:
-        """Note what a killed process has left; it must be readable."""
+        """Record what a killed process has left, which must be readable."""
         journal = folder / JOURNAL
         content = journal.read_bytes() if journal.exists() else b""
         outcome.torn += not content.endswith(b"\n") and bool(content)
@@ -143,7 +143,7 @@ class Proof:
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     def _result(self, folder: Path) -> Dict[str, Any]:
-        """Everything that must be the same: the files of the last checkpoint, and the journal."""
+        """Return all that must be equal: the files of the last checkpoint, and the journal."""
         record = read_run(folder)
         last = record.checkpoints[-1]
         if [step.index for step in record.steps] != list(range(self._steps)):
@@ -161,7 +161,7 @@ class Proof:
 
 
 def prove(model: str, loop: str, steps: int, kills: int, seed: int, folder: Path) -> Outcome:
-    """Serve *model* from this process, and kill scripts of the kind *loop* that train on it."""
+    """Serve *model* from this process, and kill scripts that train it with *loop*."""
     data_dir = folder / "server"
     with LocalServer(load_engine(model, "cpu"), data_dir=data_dir) as server:
         proof = Proof(server, data_dir, folder, model, loop, steps)

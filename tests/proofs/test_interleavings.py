@@ -1,4 +1,4 @@
-"""A few examples of the proof in interleavings.py, and that it finds what it has to find."""
+"""A few examples of interleavings.py, and evidence that it finds faults."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_no_interleaving_loses_or_repeats_work() -> None:
     run_state_machine_as_test(Interleavings, settings=few)
 
 
-# A proof that finds nothing wrong has to be able to
+# A proof that finds nothing wrong must be able to find faults
 
 
 def found(script: Callable[[Interleavings], None]) -> str:
-    """Run *script* on a machine, and return what the machine has found."""
+    """Run *script* on a machine, and return the machine's findings."""
     machine = Interleavings()
     machine.begin(batch_polls=False, cancels=False, heartbeat_s=10.0)
     try:
@@ -65,7 +65,7 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert found(lose_a_response) == ""
 
 
-def test_a_step_that_is_executed_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_executed_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step = WitnessEngine.optim_step
 
     def twice(engine: WitnessEngine, model_id: str, params: AdamParams) -> Dict[str, float]:
@@ -76,7 +76,7 @@ def test_a_step_that_is_executed_twice_is_found(monkeypatch: pytest.MonkeyPatch)
     assert "was executed 2 times, and asked for 1 times" in found(train)
 
 
-def test_a_step_that_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WitnessEngine, "optim_step", lambda *_: {"labels:sum": 2.0})
     assert "was acknowledged 1 times, and executed 0 times" in found(train)
 
@@ -99,7 +99,9 @@ def test_a_lost_request_that_is_not_resent_is_found(monkeypatch: pytest.MonkeyPa
     assert "bodies" in found(lose_a_response)
 
 
-def test_a_server_that_does_not_know_repetitions_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_recognize_repetitions_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Lane, "find", lambda *_: None)
     assert "times, and asked for 1 times" in found(lose_a_response)
 
@@ -109,7 +111,7 @@ def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def disturbed(engine: WitnessEngine, model_id: str, params: AdamParams) -> Dict[str, float]:
         taken.append(model_id)
-        if len(taken) == 1:  # the run without faults does not have it
+        if len(taken) == 1:  # the replay lacks this step
             engine._states[model_id].gradient.append(0)
         return step(engine, model_id, params)
 
@@ -138,7 +140,7 @@ def test_an_error_without_a_reason_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert "failed without a reason" in found(train)
 
 
-def test_a_session_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_never_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinkex._sessions.session_record import HTTPLink
 
     monkeypatch.setattr(HTTPLink, "finish", lambda *_: 200)

@@ -17,24 +17,24 @@ SAVE_EVERY = 3
 
 
 def batches(first: int, steps: int) -> Iterator[List[Datum]]:
-    """Batches that follow from their number alone."""
+    """A sequence of batches that depend only on their index."""
     for index in range(first, steps):
         yield [example(np.random.default_rng(index)) for _ in range(2)]
 
 
 def example(rng: np.random.Generator) -> Datum:
-    """Random tokens, to predict the next one of each."""
+    """Return a datum of random tokens, each predicting the next."""
     tokens = rng.integers(1, 100, size=9)
     return Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
 
 
 def rate(step: int) -> AdamParams:
-    """A schedule, by the step."""
+    """A learning rate schedule."""
     return AdamParams(learning_rate=1e-3 / (1 + step % 7))
 
 
 def pipelined(run: tinkex.Run, steps: int) -> None:
-    """Supervised training, three steps under way."""
+    """Supervised training, with three steps in flight."""
     for step in run.pipeline(lambda first: batches(first, steps), "cross_entropy", rate, depth=3):
         step.log(twice=2 * step.index)
 
@@ -51,7 +51,7 @@ def one_by_one(run: tinkex.Run, steps: int) -> None:
 
 
 def main() -> None:
-    """Train, or go on."""
+    """Train, or continue."""
     parser = argparse.ArgumentParser()
     parser.add_argument("url")
     parser.add_argument("folder")

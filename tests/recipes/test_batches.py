@@ -25,7 +25,7 @@ def test_the_order_is_the_same_from_any_step_and_in_every_release():
     assert list(Batches(range(5), 2, seed=0)) == [[2, 0], [3, 4], [1]]
 
 
-def test_another_seed_gives_another_order_and_none_keeps_it():
+def test_another_seed_gives_another_order_and_no_seed_keeps_the_order():
     assert list(Batches(range(50), 50, seed=1)) != list(Batches(range(50), 50, seed=2))
     assert list(Batches(range(5), 2, seed=None)) == [[0, 1], [2, 3], [4]]
 
@@ -44,7 +44,7 @@ def test_an_epoch_may_be_a_fraction():
     assert sum(map(len, Batches(range(100), 10, epochs=0.25))) == 25
 
 
-def test_examples_are_read_only_with_their_batch():
+def test_examples_are_read_only_when_their_batch_is_needed():
     read = []
 
     class Data(list):
@@ -68,6 +68,6 @@ def test_examples_are_read_only_with_their_batch():
         lambda: Batches([1], 1, steps=0),
     ],
 )
-def test_what_is_out_of_range_is_refused(make):
+def test_values_out_of_range_are_refused(make):
     with pytest.raises(InvalidInputError):
         make()

@@ -32,7 +32,7 @@ HELDOUT = [(reply(60 + index, 65), reply(60 + index, 66)) for index in range(4)]
 
 
 class Crash(NoProgressError):
-    """Stands for what ends a program so that it saves nothing more."""
+    """Stands for an end of the program that leaves no chance to save."""
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_chosen_reply_becomes_likelier(tiny: ServiceClient, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("crash_in", [1, 4, STEPS])
-def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
+def test_an_interrupted_run_has_the_results_of_an_uninterrupted_one(
     tiny: ServiceClient, tmp_path: Path, crash_in: int
 ) -> None:
     final, _ = train(tiny, tmp_path / "whole")
@@ -105,10 +105,10 @@ def test_a_checkpoint_may_be_the_reference(tiny: ServiceClient, tmp_path: Path) 
     margins: List[float] = []
     with tiny.open_run(tmp_path / "third", "tiny-random", start_from=path) as run:
         train_dpo(run, batches, constant(0.003), log=lambda _, m: margins.append(m["margin"]))
-    assert margins == [pytest.approx(0.0, abs=1e-4)]  # a run's own start is its reference
+    assert margins == [pytest.approx(0.0, abs=1e-4)]  # a run's own starting point is its reference
 
 
-def test_the_loss_is_that_of_the_paper() -> None:
+def test_the_loss_is_the_formula_of_the_paper() -> None:
     def datum(reference: float) -> Datum:
         inputs = {"target_tokens": [1, 2], "weights": [0.0, 1.0], "reference_logprob": [reference]}
         return Datum(ModelInput.from_ints([0, 1]), inputs)

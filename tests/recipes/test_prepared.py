@@ -1,4 +1,4 @@
-"""Examples prepared for training: which are checked, left out, and kept."""
+"""Examples prepared for training: which are checked, left out, and cached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinkex.recipes.prepared import Prepared, split_heldout
 
 
 def prepare(example: Example) -> Datum:
-    """Return a datum of as many tokens as the text has letters; refuse texts with an x."""
+    """Return a datum with a token per letter of the text; refuse texts with an x."""
     assert isinstance(example, Text)
     if "x" in example.text:
         raise InvalidInputError("there is an x")
@@ -58,7 +58,7 @@ def test_bad_examples_can_be_left_out(file: Path, caplog: pytest.LogCaptureFixtu
         of(file, ["x"], skip_bad=True).check(10)
 
 
-def test_what_was_not_checked_is_left_out_when_it_is_reached(file: Path) -> None:
+def test_an_unchecked_bad_example_is_left_out_when_it_is_reached(file: Path) -> None:
     data = of(file, ["a", "aa", "x", "aaaa", "x"], skip_bad=True)
     assert data.check(2) == 2
     assert lengths(data[:]) == [1, 2, 4, 4, 1]
@@ -66,7 +66,9 @@ def test_what_was_not_checked_is_left_out_when_it_is_reached(file: Path) -> None
         of(file, ["x"], skip_bad=True)[0]
 
 
-def test_examples_are_kept_while_there_is_room(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_cached_while_there_is_room(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: List[str] = []
 
     def counted(example: Any) -> Datum:

@@ -17,7 +17,7 @@ STEPS = 6
 
 
 class Crash(NoProgressError):
-    """Stands for what ends a program so that it saves nothing more."""
+    """Stands for an end of the program that leaves no chance to save."""
 
 
 def prompt(problem: int) -> List[int]:
@@ -65,7 +65,7 @@ def test_advantages_are_rewards_less_the_mean_of_the_group() -> None:
 
 @pytest.mark.parametrize("crash_in", [0, 3, 5])
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo"])
-def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
+def test_an_interrupted_run_has_the_results_of_an_uninterrupted_one(
     service: ServiceClient, tmp_path: Path, crash_in: int, loss_fn: str
 ) -> None:
     uninterrupted = train(service, tmp_path / "whole", loss_fn=loss_fn)
@@ -79,7 +79,7 @@ def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
     assert {"reward", "informative", "tokens", "learning_rate"} <= uninterrupted[0][1].keys()
 
 
-def test_groups_without_a_difference_are_not_learnt_from(
+def test_groups_with_equal_rewards_are_not_trained_on(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     lines = train(service, tmp_path / "none", reward=lambda problem, tokens: 1.0)
@@ -95,7 +95,7 @@ def test_groups_without_a_difference_are_not_learnt_from(
     assert found == expected
 
 
-def test_a_reward_that_is_not_finite_ends_the_run(service: ServiceClient, tmp_path: Path) -> None:
+def test_an_infinite_or_nan_reward_ends_the_run(service: ServiceClient, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="a reward is inf"):
         train(service, tmp_path, reward=lambda problem, tokens: float("inf"))
 

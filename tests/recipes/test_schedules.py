@@ -32,7 +32,7 @@ def test_cosine_is_half_way_in_the_middle():
 
 
 @pytest.mark.parametrize("schedule", [linear, cosine])
-def test_steps_after_the_last_one_keep_its_rate(schedule):
+def test_steps_after_the_last_one_keep_the_last_rate(schedule):
     made = schedule(1.0, 4)
     assert made(100) == made(3)
 
@@ -52,6 +52,6 @@ def test_other_parameters_of_adam_are_passed_on():
         lambda: constant(1.0, beta1=2.0),
     ],
 )
-def test_what_is_out_of_range_is_refused(make):
+def test_values_out_of_range_are_refused(make):
     with pytest.raises(InvalidInputError):
         make()

@@ -1,4 +1,4 @@
-"""The server of a run folder is found again, from what the run's journal says."""
+"""The server of a run folder is found again through the run's journal."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_embedded_server_is_started_again_with_its_model_and_data(
     )
 
 
-def test_an_embedded_server_that_kept_nothing_is_an_error(folder: Path) -> None:
+def test_an_embedded_server_that_stored_nothing_is_an_error(folder: Path) -> None:
     train_locally(folder, None)
     with pytest.raises(RunFolderError, match="was started without a data_dir") as caught:
         open_service(folder)
@@ -66,7 +66,7 @@ def test_an_embedded_server_that_kept_nothing_is_an_error(folder: Path) -> None:
     assert "data_dir=..." in caught.value.hint
 
 
-def test_continuing_a_run_without_a_data_dir_says_why_that_cannot_be(folder: Path) -> None:
+def test_the_error_about_continuing_a_run_without_a_data_dir_gives_the_reason(folder: Path) -> None:
     train_locally(folder, None)
     with (
         ServiceClient.local("deterministic") as service,
@@ -76,7 +76,7 @@ def test_continuing_a_run_without_a_data_dir_says_why_that_cannot_be(folder: Pat
     assert "data_dir=...)" in str(error.value.hint)
 
 
-def test_data_in_the_run_folder_are_found_where_the_folder_was_moved(folder: Path) -> None:
+def test_data_in_the_run_folder_are_found_after_the_folder_was_moved(folder: Path) -> None:
     path = train_locally(folder, folder / "server")
     moved = folder.rename(folder.with_name("moved"))
     server = read_run(moved).server
@@ -88,7 +88,7 @@ def test_data_in_the_run_folder_are_found_where_the_folder_was_moved(folder: Pat
 
 
 @pytest.mark.parametrize(("named", "base_url"), [("embedded", None), ("http://h:1", "http://h:1")])
-def test_an_older_folder_names_its_server_in_its_settings_alone(
+def test_an_older_folder_names_its_server_only_in_its_settings(
     folder: Path, named: str, base_url: Optional[str]
 ) -> None:
     folder.mkdir()
@@ -110,7 +110,7 @@ def test_an_older_folder_names_its_server_in_its_settings_alone(
     assert server_of(folder) == named
 
 
-def test_data_that_are_gone_are_an_error(folder: Path, tmp_path: Path) -> None:
+def test_missing_data_are_an_error(folder: Path, tmp_path: Path) -> None:
     train_locally(folder, tmp_path / "data")
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(RunFolderError, match=f"kept its data in {tmp_path / 'data'}, which is"):
@@ -137,7 +137,7 @@ def test_a_run_that_was_continued_elsewhere_is_found_there(folder: Path, tmp_pat
     assert server.data_dir == str(tmp_path / "moved")
 
 
-def test_data_elsewhere_that_are_in_use_are_named(folder: Path, tmp_path: Path) -> None:
+def test_the_error_names_other_data_that_are_in_use(folder: Path, tmp_path: Path) -> None:
     data, other = tmp_path / "data", folder.with_name("other")
     for run in (folder, other):
         train_locally(run, data)
@@ -164,7 +164,7 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
         start_server(folder, "deterministic")
 
 
-def test_a_disk_that_is_full(folder: Path) -> None:
+def test_a_full_disk(folder: Path) -> None:
     folder.mkdir()
     (folder / "server").mkdir()
     with (
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full(folder: Path) -> None:
     assert "data_dir" not in str(e.value)
 
 
-def test_a_model_that_cannot_be_had_is_no_error_of_the_folder(folder: Path) -> None:
+def test_an_unavailable_model_is_not_an_error_of_the_folder(folder: Path) -> None:
     pytest.importorskip("torch")
     with pytest.raises(LocalServerError, match="nosuch"):
         start_server(folder, "nosuch")

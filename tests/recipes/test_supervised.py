@@ -36,11 +36,11 @@ SCHEDULE = linear(0.01, STEPS, warmup=2)
 
 
 class Crash(NoProgressError):
-    """Stands for what ends a program so that it saves nothing more."""
+    """Stands for an end of the program that leaves no chance to save."""
 
 
 class Lines:
-    """Remembers what was logged; raises at a step."""
+    """Records what was logged; raises at a step."""
 
     def __init__(self, crash_in: Optional[int] = None) -> None:
         self.lines: List[Any] = []
@@ -80,7 +80,7 @@ def test_losses_are_means_per_token_to_learn(service: ServiceClient, tmp_path: P
     assert final < first["heldout_loss"]
 
 
-def test_heldout_losses_are_those_of_exactly_so_many_steps(
+def test_heldout_losses_belong_to_the_exact_number_of_steps(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     log = Lines()
@@ -97,7 +97,7 @@ def test_heldout_losses_are_those_of_exactly_so_many_steps(
 
 
 @pytest.mark.parametrize("crash_in", [0, 4, 7, 11, STEPS])
-def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
+def test_an_interrupted_run_has_the_results_of_an_uninterrupted_one(
     service: ServiceClient, tmp_path: Path, crash_in: int
 ) -> None:
     uninterrupted, first, second = Lines(), Lines(crash_in), Lines()
@@ -142,7 +142,7 @@ def test_the_journal_names_the_weights_for_sampling(service: ServiceClient, tmp_
     assert sampler.sample(ModelInput.from_ints([1]), 1).result().sequences
 
 
-def test_of_an_unfinished_run_the_newest_checkpoint_is_sampled(
+def test_for_an_unfinished_run_the_newest_checkpoint_is_sampled(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with pytest.raises(Crash):

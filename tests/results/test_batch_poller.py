@@ -1,4 +1,4 @@
-"""Batch poller: one long poll for all samples of a sampler, and nothing lost when it fails."""
+"""Batch poller: one long poll serves all samples of a sampler, and none is lost when it fails."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def poller(batches: ScriptedServer) -> Iterator[Poller]:
     yield from open_poller(batches)
 
 
-# The course of things
+# Normal operation
 
 
-def test_one_poll_waits_for_all_and_what_was_fetched_is_reported(
+def test_one_poll_waits_for_all_samples_and_fetched_results_are_reported(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     go = threading.Event()
@@ -97,7 +97,9 @@ def test_one_poll_waits_for_all_and_what_was_fetched_is_reported(
     assert poller.inflight() == []
 
 
-def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poller: Poller) -> None:
+def test_idle_threads_end_and_no_further_polls_are_sent(
+    batches: ScriptedServer, poller: Poller
+) -> None:
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     watch = poller._batches._samplers[SAMPLER]
@@ -106,7 +108,7 @@ def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poll
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
 
-def test_what_is_done_before_its_submission_was_acknowledged_is_kept(
+def test_a_completion_that_arrives_before_its_acknowledgement_is_kept(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     answered, reported = threading.Event(), threading.Event()
@@ -126,7 +128,7 @@ def test_what_is_done_before_its_submission_was_acknowledged_is_kept(
     assert second.result(PATIENCE_S) == "late"
 
 
-def test_a_cancelled_sample_is_reported_to_the_server_and_others_go_on(
+def test_a_cancelled_sample_is_reported_to_the_server_and_others_continue(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     go = threading.Event()
@@ -145,12 +147,12 @@ def test_a_cancelled_sample_is_reported_to_the_server_and_others_go_on(
     assert [fetch["request_id"] for fetch in bodies(batches, POLL)] == ["b"]
 
 
-def test_only_so_many_are_unanswered_at_once(batches: ScriptedServer) -> None:
+def test_the_number_of_unanswered_samples_is_bounded(batches: ScriptedServer) -> None:
     go = threading.Event()
 
     def report(received: Received) -> Answer:
         cursor = received.json()["prev_cursor"]
-        if "timeout" in received.json() or cursor == 2:  # a report, between the two perhaps
+        if "timeout" in received.json() or cursor == 2:  # a report, perhaps between the two
             return at_last()[0](received)
         name = "ab"[cursor]
         return dataclasses.replace(done(name, cursor=cursor + 1), hold=go)
@@ -168,7 +170,7 @@ def test_only_so_many_are_unanswered_at_once(batches: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 501])
-def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
+def test_after_a_refused_poll_samples_are_polled_for_individually(
     batches: ScriptedServer, poller: Poller, status: int
 ) -> None:
     batches.on(BATCH, Answer(status, {"detail": "no"}))
@@ -180,7 +182,7 @@ def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
 
 
 @pytest.mark.parametrize("body", [b"what?", b"[]", b'{"completions": 3, "cursor": 1}'])
-def test_a_response_that_makes_no_sense_gives_way_too(
+def test_after_an_unreadable_response_samples_are_polled_for_individually(
     batches: ScriptedServer, poller: Poller, body: bytes
 ) -> None:
     batches.on(BATCH, Answer(body=body))
@@ -198,14 +200,14 @@ def test_a_bug_in_the_poller_loses_no_future(
     assert sample(poller, "a").result(PATIENCE_S) == "a"
 
 
-def test_trouble_that_passes_is_waited_out(batches: ScriptedServer, poller: Poller) -> None:
+def test_temporary_trouble_is_waited_out(batches: ScriptedServer, poller: Poller) -> None:
     trouble = (Answer(503), Answer(429), Answer(408), Answer(reset=True), Answer(502))
     batches.on(BATCH, *at_last(*trouble, done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     assert {b["prev_cursor"] for b in bodies(batches, BATCH)[:6]} == {0}
 
 
-def test_an_outage_fails_all_that_wait(batches: ScriptedServer) -> None:
+def test_an_outage_fails_all_waiting_samples(batches: ScriptedServer) -> None:
     batches.on(BATCH, Answer(reset=True))
     for poller in open_poller(batches, max_outage_s=0.02):
         futures = [sample(poller, name) for name in ("a", "b")]
@@ -215,14 +217,16 @@ def test_an_outage_fails_all_that_wait(batches: ScriptedServer) -> None:
         assert batches.requests(POLL) == []
 
 
-def test_an_account_that_cannot_pay_fails_all_that_wait(
+def test_an_account_that_cannot_pay_fails_all_waiting_samples(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     batches.on(BATCH, Answer(402))
     assert isinstance(sample(poller, "a").exception(PATIENCE_S), BillingError)
 
 
-def test_a_lost_result_goes_the_other_way(batches: ScriptedServer, poller: Poller) -> None:
+def test_a_sample_with_a_lost_result_is_submitted_again(
+    batches: ScriptedServer, poller: Poller
+) -> None:
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     batches.on(POLL, Answer(410), Answer(body={"path": "again"}))
     future: APIFuture[Any] = poller.new_future("sample")
@@ -238,7 +242,7 @@ def test_a_lost_result_goes_the_other_way(batches: ScriptedServer, poller: Polle
     assert future.result(PATIENCE_S) == "again"
 
 
-def test_limits_of_time_hold(batches: ScriptedServer) -> None:
+def test_timeouts_apply(batches: ScriptedServer) -> None:
     batches.on(BATCH, Answer(hold=NEVER))
     for poller in open_poller(batches, operation_timeout_s=0.02):
         error = sample(poller, "a").exception(PATIENCE_S)
@@ -252,7 +256,7 @@ def test_limits_of_time_hold(batches: ScriptedServer) -> None:
 # The end
 
 
-def test_close_wakes_all_at_once_and_says_what_was_fetched(
+def test_close_wakes_all_waiters_at_once_and_reports_fetched_results(
     batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler_polls, "ACKNOWLEDGE_AFTER_S", PATIENCE_S)
@@ -276,23 +280,25 @@ def request() -> PendingRequest[Any]:
     return ScriptedRequest(APIFuture("sample"))
 
 
-def test_what_nothing_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
+def test_an_unclaimed_completion_is_acknowledged_once_no_submission_can_claim_it() -> None:
     tracker = CompletionTracker()
     tracker.note_completions(tracker.next_poll(), {"x": 1}, 4, begun=2)
-    tracker.drop_unwanted(oldest=2)  # the second submission is still under way
+    tracker.drop_unwanted(oldest=2)  # the second submission is still in flight
     assert tracker.next_poll().retrieved == ()
     tracker.drop_unwanted(oldest=3)
     assert tracker.next_poll() == (4, ("x",), False)
 
 
-def test_what_is_announced_twice_is_fetched_once_and_acknowledged_until_a_poll_succeeds() -> None:
+def test_a_completion_announced_twice_is_fetched_once_and_acknowledged_until_a_poll_succeeds() -> (
+    None
+):
     tracker, one = CompletionTracker(), request()
     tracker.expect("a", one)
     asked = tracker.next_poll()
     assert tracker.note_completions(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
     assert tracker.note_completions(asked, {"a": 3}, 1, begun=1) == []
     tracker.drop_unwanted(oldest=9)
-    assert tracker.next_poll().retrieved == ()  # it is being fetched: not to be dropped there
+    assert tracker.next_poll().retrieved == ()  # still being fetched, so the server must keep it
     tracker.note_fetched("a")
     assert tracker.next_poll().retrieved == tracker.next_poll().retrieved == ("a",)
     tracker.note_completions(tracker.next_poll(), {}, 1, begun=1)

@@ -1,4 +1,4 @@
-"""Batch poller: which work goes first, what one request may hold up, and who polls for whom."""
+"""Batch poller: which work goes first, what a slow request may delay, and who polls for whom."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def poller(batches: ScriptedServer) -> Iterator[Poller]:
 # Order
 
 
-def test_what_is_done_goes_before_what_is_to_be_submitted(
+def test_fetching_results_goes_before_submitting_samples(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     go, fetched = threading.Event(), threading.Event()
@@ -72,16 +72,16 @@ def test_what_is_done_goes_before_what_is_to_be_submitted(
     assert fetched.wait(PATIENCE_S)
     wait_until(lambda: len(bodies(batches, POLL)) == 2, "those that fetch are busy")
     later = [sample(poller, f"later{number}", sent=accepted) for number in range(10)]
-    # Both of those that submit fetch instead: what is done waits.
+    # Both threads that submit now fetch instead, because finished samples wait.
     wait_until(lambda: len(bodies(batches, POLL)) == 4, "all fetch")
     assert accepted == []
     assert {future.status().state for future in later} == {"queued"}
 
 
-def test_those_that_fetch_do_not_wait_for_one_result(
+def test_fetching_threads_do_not_wait_for_a_single_result(
     batches: ScriptedServer, poller: Poller
 ) -> None:
-    """A server that has not got them after all must not hold up the others."""
+    """A server that does not have some results after all must not hold up the others."""
     stuck = [f"stuck{number}" for number in range(10)]
     go, ready = threading.Event(), threading.Event()
 
@@ -99,7 +99,7 @@ def test_those_that_fetch_do_not_wait_for_one_result(
     assert quick.result(PATIENCE_S) == "quick"
     assert not any(future.done() for future in held)
     wait_until(lambda: {"quick"} == reported(batches), "what was fetched is reported")
-    ready.set()  # and what was not, the server keeps until it was
+    ready.set()  # the server keeps the other results until they are fetched
     assert [future.result(PATIENCE_S) for future in held] == stuck
     wait_until(lambda: {*stuck, "quick"} == reported(batches), "now all is")
 
@@ -108,7 +108,7 @@ def reported(server: ScriptedServer) -> Any:
     return {name for body in bodies(server, BATCH) for name in body["retrieved_request_ids"]}
 
 
-def test_a_result_whose_response_was_lost_is_known_to_be_lost(
+def test_a_result_whose_response_was_lost_is_reported_as_lost(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     batches.on(POLL, Answer(reset=True), Answer(404, {"detail": "unknown request"}))
@@ -116,7 +116,7 @@ def test_a_result_whose_response_was_lost_is_known_to_be_lost(
     assert isinstance(sample(poller, "a").exception(PATIENCE_S), ResultExpiredError)
 
 
-def test_more_is_not_requested_while_many_results_wait(
+def test_no_completions_are_requested_while_many_results_wait(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     polls = SamplerPolls(SAMPLER, poller._resources, Submissions())
@@ -129,8 +129,10 @@ def test_more_is_not_requested_while_many_results_wait(
 # Many samplers
 
 
-def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedServer) -> None:
-    """Samples do not wait for those of other samplers, which may never end."""
+def test_samples_of_samplers_beyond_the_cap_are_polled_for_individually(
+    batches: ScriptedServer,
+) -> None:
+    """Samples don't wait for those of other samplers, which may never finish."""
     cap, more = batch_poller.POLL_CAP, 6
     go = threading.Event()
 
@@ -151,7 +153,8 @@ def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedS
         go.set()
         assert [future.result(PATIENCE_S) for future in watched] == [f"w{n}" for n in range(cap)]
         assert polled_for(batches) == {f"w{n}" for n in range(cap)}
-        # One whose samples are done makes room, for a sampler that had to do without as well.
+        # A sampler whose samples are done makes room, even for a sampler that was polled for
+        # individually.
         wait_until(lambda: not poller._batches._samplers[SamplerId("w0")]._polled, "there is room")
         assert sample(poller, "b0", sampler=SamplerId("b0")).result(PATIENCE_S) == "b0"
         assert "b0" in polled_for(batches)

@@ -72,13 +72,13 @@ def test_a_result_may_be_an_exception_type_that_waiting_itself_raises() -> None:
         future.result(PATIENCE_S)
 
 
-def test_it_is_its_own_future() -> None:
+def test_a_future_is_its_own_future() -> None:
     future = new()
     assert future.future() is future
 
 
 @pytest.mark.parametrize("timeout", [0, 0.01, -1.0, Fraction(1, 100)])
-def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: Any) -> None:
+def test_a_timeout_error_describes_the_wait_and_leaves_the_future_pending(timeout: Any) -> None:
     future = new("forward_backward")
     future.enter("waiting", "r-17")
     for wait in (future.result, future.exception):
@@ -91,7 +91,7 @@ def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: An
     assert future.result(0) == 1
 
 
-def test_it_works_with_wait_and_as_completed() -> None:
+def test_futures_work_with_wait_and_as_completed() -> None:
     futures = [new() for _ in range(3)]
     futures[1].try_set_result("b")
     done, pending = concurrent.futures.wait(futures, 5, FIRST_COMPLETED)
@@ -102,7 +102,7 @@ def test_it_works_with_wait_and_as_completed() -> None:
     assert set(concurrent.futures.as_completed(futures, 5)) == set(futures)
 
 
-def test_a_cancel_wakes_those_in_wait_and_as_completed() -> None:
+def test_a_cancel_wakes_wait_and_as_completed() -> None:
     first, second = new(), new()
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(concurrent.futures.wait, [first, second], PATIENCE_S)
@@ -115,7 +115,7 @@ def test_a_cancel_wakes_those_in_wait_and_as_completed() -> None:
         assert set(iterating.result(PATIENCE_S)) == {first, second}
 
 
-def test_cancel_settles_and_a_late_result_is_no_error() -> None:
+def test_cancel_settles_a_future_and_a_late_result_is_ignored() -> None:
     future = new()
     assert future.cancel()
     assert future.cancelled()
@@ -149,7 +149,7 @@ def test_a_settled_future_keeps_no_callback_alive(how: str) -> None:
     assert called() is None
 
 
-def test_work_is_begun_or_cancelled_in_the_queue() -> None:
+def test_queued_work_is_either_begun_or_cancelled() -> None:
     for _ in range(300):
         future = new()
         begun, cancelled = race(future.begin, future.cancel_if_queued)
@@ -158,7 +158,7 @@ def test_work_is_begun_or_cancelled_in_the_queue() -> None:
         assert not future.cancel_if_queued()
 
 
-def test_exactly_one_of_many_settles_it() -> None:
+def test_exactly_one_of_many_threads_settles_a_future() -> None:
     for _ in range(300):
         future = new()
         called: List[Any] = []
@@ -180,7 +180,7 @@ def test_exactly_one_of_many_settles_it() -> None:
 def settle_after_notices(
     future: APIFuture[Any], caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
-    """Wait for *future* until *count* notices are in the log."""
+    """Wait for *future*; settle it once *count* notices are in the log."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(future.result, PATIENCE_S)
         wait_until(lambda: caplog.text.count("still waiting") >= count, f"{count} notices")
@@ -188,7 +188,9 @@ def settle_after_notices(
         assert waiting.result(PATIENCE_S) == "v"
 
 
-def test_a_long_wait_explains_itself_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_wait_is_explained_in_the_log_at_growing_intervals(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     future = new("sample", notice_after_s=0.005)
     future.enter("waiting", "r-1")
     future.queue_state, future.queue_state_reason = "paused_capacity", "all GPUs are busy"
@@ -197,7 +199,7 @@ def test_a_long_wait_explains_itself_now_and_then(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, "tinkex.futures"):
         settle_after_notices(future, caplog, 3)
     notices = [r for r in caplog.records if "still waiting" in r.getMessage()]
-    # After 5, 15 and 35 ms at the earliest: ever more rarely.
+    # After 5, 15 and 35 ms at the earliest, at growing intervals.
     assert notices[2].created - began >= 0.034
     assert {r.levelno for r in notices} == {logging.INFO}
     text = notices[0].getMessage()
@@ -228,7 +230,7 @@ def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
 # Status
 
 
-def test_a_future_reports_what_it_is() -> None:
+def test_the_repr_of_a_future_describes_it() -> None:
     future = new("sample")
     assert repr(future) == "<APIFuture sample: queued>"
     future.enter("waiting", "r-1")
@@ -260,7 +262,7 @@ def test_a_status_reads_as_a_sentence() -> None:
     )
 
 
-def test_the_status_of_a_whole_is_that_of_its_first_open_part() -> None:
+def test_the_status_of_a_gathered_future_is_that_of_its_first_open_part() -> None:
     parts = [new("forward"), new("forward")]
     gathered = gather(new("forward"), parts, list)
     parts[0].enter("waiting", "r-0")
@@ -292,7 +294,9 @@ def test_callbacks_run_on_their_own_thread(callbacks: WorkerPool) -> None:
     assert names == ["tinkex-callbacks"]
 
 
-def test_a_callback_of_a_settled_future_runs_at_once_here(callbacks: WorkerPool) -> None:
+def test_a_callback_of_a_settled_future_runs_immediately_in_the_callers_thread(
+    callbacks: WorkerPool,
+) -> None:
     future = new(run_callback=callbacks.submit)
     future.try_set_result(1)
     names: List[str] = []
@@ -319,7 +323,7 @@ def test_a_callback_that_raises_stops_neither_the_others_nor_the_thread(
     assert "a callback of sample failed" in caplog.text
 
 
-def test_a_callback_that_waits_for_another_future_holds_up_no_result(
+def test_a_callback_that_waits_for_another_future_does_not_delay_results(
     callbacks: WorkerPool,
 ) -> None:
     first, second = new(run_callback=callbacks.submit), new(run_callback=callbacks.submit)
@@ -333,7 +337,7 @@ def test_a_callback_that_waits_for_another_future_holds_up_no_result(
     assert seen == ["b"]
 
 
-def test_a_callback_still_runs_when_its_thread_is_gone() -> None:
+def test_a_callback_still_runs_after_its_thread_has_ended() -> None:
     callbacks = WorkerPool("tinkex-callbacks", 1)
     future = new(run_callback=callbacks.submit)
     called: List[Any] = []
@@ -368,7 +372,7 @@ def test_gather_joins_results_in_the_order_of_the_parts() -> None:
     assert gathered.result(0) == [0, 1, 2]
 
 
-def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
+def test_the_first_failure_fails_the_gathered_future_and_cancels_the_rest() -> None:
     parts = [new() for _ in range(3)]
     gathered = gather(new(), parts, list)
     error = ValueError("second part")
@@ -378,7 +382,7 @@ def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
     assert parts[2].cancelled()
 
 
-def test_cancelling_the_whole_cancels_its_parts() -> None:
+def test_cancelling_a_gathered_future_cancels_its_parts() -> None:
     parts = [new() for _ in range(3)]
     gathered = gather(new(), parts, list)
     parts[0].try_set_result(0)
@@ -386,7 +390,7 @@ def test_cancelling_the_whole_cancels_its_parts() -> None:
     assert [p.cancelled() for p in parts] == [False, True, True]
 
 
-def test_cancelling_a_part_cancels_the_whole() -> None:
+def test_cancelling_a_part_cancels_the_gathered_future() -> None:
     parts = [new() for _ in range(2)]
     gathered = gather(new(), parts, list)
     parts[0].cancel()
@@ -394,7 +398,7 @@ def test_cancelling_a_part_cancels_the_whole() -> None:
     assert parts[1].cancelled()
 
 
-def test_a_whole_that_was_cancelled_first_cancels_the_parts_it_is_given() -> None:
+def test_a_gathered_future_that_was_cancelled_first_cancels_its_later_parts() -> None:
     gathered = new()
     gathered.cancel()
     parts = [new() for _ in range(2)]
@@ -402,7 +406,7 @@ def test_a_whole_that_was_cancelled_first_cancels_the_parts_it_is_given() -> Non
     assert all(p.cancelled() for p in parts)
 
 
-def test_an_error_while_joining_is_the_wholes() -> None:
+def test_an_error_while_joining_fails_the_gathered_future() -> None:
     def fail(results: List[Any]) -> Any:
         raise ValueError("cannot be joined")
 
@@ -413,7 +417,7 @@ def test_an_error_while_joining_is_the_wholes() -> None:
         gathered.result(0)
 
 
-def test_parts_that_settle_at_once_settle_the_whole_once() -> None:
+def test_parts_that_settle_concurrently_settle_the_gathered_future_once() -> None:
     for _ in range(300):
         parts = [new() for _ in range(3)]
         gathered = gather(new(), parts, list)
@@ -424,7 +428,7 @@ def test_parts_that_settle_at_once_settle_the_whole_once() -> None:
         assert joined == [gathered]
 
 
-def test_cancel_races_failure_and_every_part_ends() -> None:
+def test_if_cancel_races_failure_every_part_ends() -> None:
     for _ in range(300):
         parts = [new() for _ in range(3)]
         gathered = gather(new(), parts, list)
@@ -450,7 +454,7 @@ def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.Monkey
     part, gathered = new("part"), new("whole")
     gather(gathered, [part], lambda results: results)
     settled: List[Any] = []
-    part.on_settled(settled.append)  # would break off the parent's poll
+    part.on_settled(settled.append)  # would abort the parent's poll
     parent = os.getpid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: parent + 1)
@@ -466,9 +470,9 @@ def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def lost(caplog: pytest.LogCaptureFixture) -> Callable[[], List[str]]:
-    """The unretrieved failures logged so far."""
+    """Return the unretrieved failures logged so far."""
     gc.collect()
-    run_deferred()  # those of other tests
+    run_deferred()  # reports those of other tests first
     caplog.clear()
 
     def logged() -> List[str]:
@@ -487,7 +491,7 @@ def failed(error: BaseException, kind: str = "optim_step") -> APIFuture[Any]:
     return future
 
 
-def test_a_failure_that_nothing_reads_is_reported_once_when_collected(
+def test_an_unread_failure_is_reported_once_when_collected(
     lost: Callable[[], List[str]],
 ) -> None:
     future = failed(RequestFailedError("out of memory", category="server"))
@@ -507,14 +511,14 @@ def test_a_failure_that_nothing_reads_is_reported_once_when_collected(
     ],
     ids=["exception", "wait and exception", "callback"],
 )
-def test_a_failure_that_was_read_is_not_reported(
+def test_a_read_failure_is_not_reported(
     lost: Callable[[], List[str]], read: Callable[[Any], Any]
 ) -> None:
     read(failed(ValueError("x")))
     assert lost() == []
 
 
-def test_a_wait_that_timed_out_has_read_nothing(lost: Callable[[], List[str]]) -> None:
+def test_a_timed_out_wait_does_not_count_as_reading(lost: Callable[[], List[str]]) -> None:
     future = new()
     with pytest.raises(concurrent.futures.TimeoutError):
         future.result(0)
@@ -525,7 +529,7 @@ def test_a_wait_that_timed_out_has_read_nothing(lost: Callable[[], List[str]]) -
     assert len(lost()) == 1
 
 
-def test_neither_a_cancel_nor_a_close_nor_a_result_is_reported(
+def test_cancelled_closed_and_successful_futures_are_not_reported(
     lost: Callable[[], List[str]],
 ) -> None:
     new().cancel()
@@ -549,10 +553,10 @@ def test_a_failed_batch_is_reported_once_and_not_if_it_was_read(
         assert len(lost()) == (0 if read else 1)
 
 
-def test_collection_inside_a_lock_of_logging_does_no_harm(
+def test_collection_inside_a_lock_of_logging_does_not_deadlock(
     lost: Callable[[], List[str]],
 ) -> None:
-    lock = threading.Lock()  # as QueueHandler's: not to be taken twice
+    lock = threading.Lock()  # like QueueHandler's, it cannot be taken twice
 
     class Careful(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -571,7 +575,7 @@ def test_collection_inside_a_lock_of_logging_does_no_harm(
         logging.getLogger("tinkex.futures").removeHandler(handler)
 
 
-def test_the_next_call_of_a_client_reports_it(
+def test_the_next_call_of_a_client_reports_unread_failures(
     scripted: ServiceClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = scripted.create_sampling_client(base_model="base")
@@ -609,7 +613,7 @@ def test_an_unread_failure_is_reported_at_exit() -> None:
 @pytest.mark.parametrize(
     "settle", [lambda f: f.try_set_result(1), lambda f: f.try_set_exception(ValueError())]
 )
-def test_a_settled_future_lets_go_of_what_was_reported(settle: Callable[[Any], bool]) -> None:
+def test_a_settled_future_releases_its_listeners(settle: Callable[[Any], bool]) -> None:
     class Listener:
         notified = 0
 

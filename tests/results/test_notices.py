@@ -29,10 +29,10 @@ def logged(caplog: pytest.LogCaptureFixture) -> List[Tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def test_a_pause_is_logged_immediately_then_once_a_minute_and_so_is_its_end(
+def test_a_pause_is_logged_immediately_then_once_a_minute_and_at_its_end(
     notices: PauseNotices, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for _ in range(13):  # for two minutes
+    for _ in range(13):  # over two minutes
         notices.note("sampler s", "paused_capacity", "all GPUs are busy")
         clock.advance(10.0)
     notices.note("sampler s", "active", None)
@@ -41,7 +41,7 @@ def test_a_pause_is_logged_immediately_then_once_a_minute_and_so_is_its_end(
     assert logged(caplog) == [paused] * 3 + [("INFO", "sampler s resumed")]
 
 
-def test_a_short_pause_of_a_run_is_not_worth_a_word(
+def test_a_short_pause_of_a_run_is_not_logged(
     notices: PauseNotices, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     notices.note(RUN, "paused_capacity", None, grace_s=60.0)
@@ -68,7 +68,7 @@ def test_requests_of_one_sampler_that_disagree_do_not_fill_the_log(
     assert len(logged(caplog)) == 2
 
 
-def test_each_reports_its_own_pause(
+def test_each_sampler_or_run_reports_its_own_pause(
     notices: PauseNotices, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a", "b"):
@@ -85,7 +85,7 @@ def test_responses_without_a_state_report_nothing(
     assert notices._pauses == {}
 
 
-def test_samplers_of_long_ago_are_forgotten(
+def test_samplers_are_forgotten_after_a_long_time(
     notices: PauseNotices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notices_module, "_KEPT", 3)

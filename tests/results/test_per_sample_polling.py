@@ -1,4 +1,4 @@
-"""Samples without the batch poller: one thread and connection each, up to a cap that holds."""
+"""Samples without the batch poller: a thread and a connection each, up to a firm cap."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_there_are_never_more_threads_and_connections_than_the_cap(server: Scrip
     assert sorted(sent) == sorted(names)
 
 
-def test_they_are_begun_in_the_order_in_which_they_were_requested(server: ScriptedServer) -> None:
+def test_samples_begin_in_the_order_in_which_they_were_requested(server: ScriptedServer) -> None:
     sent: List[str] = []
     server.on(POLL, result)
     names = [f"s{number}" for number in range(50)]
@@ -58,7 +58,7 @@ def test_they_are_begun_in_the_order_in_which_they_were_requested(server: Script
     assert sent == names
 
 
-def test_a_sample_does_not_overtake_those_that_wait_for_the_flags(
+def test_a_sample_does_not_overtake_samples_that_wait_for_the_flags(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known, go = threading.Event(), threading.Event()
@@ -82,8 +82,8 @@ def test_a_sample_does_not_overtake_those_that_wait_for_the_flags(
     assert sent == ["first", "second"]
 
 
-def test_the_last_one_is_not_passed_over(server: ScriptedServer) -> None:
-    """Those that wait have their turn before any that come after them."""
+def test_the_last_waiting_sample_is_not_passed_over(server: ScriptedServer) -> None:
+    """Waiting samples get their turn before any that come after them."""
     go = threading.Event()
     sent: List[str] = []
     server.on(POLL, lambda received: dataclasses.replace(result(received), hold=go))
@@ -91,7 +91,7 @@ def test_the_last_one_is_not_passed_over(server: ScriptedServer) -> None:
         early = [sample(poller, f"early{number}", sent=sent) for number in range(20)]
         server.wait_for(POLL, 2)
         late: List[APIFuture[Any]] = []
-        for future in early:  # new ones keep coming, one for each that is done
+        for future in early:  # a new sample arrives for each one that is done
             future.on_settled(lambda f: late.append(sample(poller, f"late{len(late)}", sent=sent)))
         go.set()
         for future in early:
@@ -102,7 +102,7 @@ def test_the_last_one_is_not_passed_over(server: ScriptedServer) -> None:
     assert {name[:5] for name in sent[:20]} == {"early"}
 
 
-def test_a_flag_lowers_the_cap_and_none_raises_it_above_the_callers(
+def test_a_flag_can_lower_the_cap_but_not_raise_it_above_the_callers(
     server: ScriptedServer,
 ) -> None:
     go = threading.Event()
@@ -151,10 +151,10 @@ def test_idle_threads_and_their_connections_go_away(
             future.result(PATIENCE_S)
         wait_until(lambda: workers() == 0, "nobody idles")
         wait_until(lambda: server.open_connections() <= 1, "nor do their connections")
-        assert sample(poller, "again").result(PATIENCE_S) == "again"  # and others come
+        assert sample(poller, "again").result(PATIENCE_S) == "again"  # new threads start again
 
 
-def test_a_lowered_cap_lets_threads_go(server: ScriptedServer) -> None:
+def test_a_lowered_cap_ends_threads(server: ScriptedServer) -> None:
     server.on(POLL, Answer(hold=NEVER))
     for poller in open_poller(server, max_concurrent_samples=4):
         first = [sample(poller, f"s{number}") for number in range(4)]

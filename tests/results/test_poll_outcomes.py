@@ -1,4 +1,4 @@
-"""What an answer to a poll means (docs/protocol.md, "Interpreting a poll"), and the pacing."""
+"""The meaning of answers to polls (docs/protocol.md, "Interpreting a poll"), and their pacing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_json_object_is_a_result(status: int) -> None:
     assert found.reply.json() == {"path": "tinker://r/weights/a"}
 
 
-def test_protobuf_is_a_result_whatever_bytes_it_holds() -> None:
+def test_protobuf_is_a_result_whatever_its_bytes() -> None:
     found = outcome(200, b'{"type":"try_again","error":"x"}', "application/x-protobuf")
     assert isinstance(found, Done)
 
@@ -78,7 +78,7 @@ def test_results_that_look_like_failures_are_results(body: Any) -> None:
             "full",
         ),
         ({"type": "try_again"}, None, None),
-        # The tag may come last, behind a long reason.
+        # The tag may come last, after a long reason.
         ({"queue_state_reason": "x" * 5000, "type": "try_again"}, None, "x" * 5000),
     ],
 )
@@ -89,7 +89,7 @@ def test_try_again_is_pending(body: Any, state: Optional[str], reason: Optional[
 @pytest.mark.parametrize(
     ("state", "reason"), [(7, None), (None, ["x"]), ({}, 3)], ids=["state", "reason", "both"]
 )
-def test_a_queue_state_that_is_no_text_is_none(state: Any, reason: Any) -> None:
+def test_a_queue_state_that_is_not_text_is_none(state: Any, reason: Any) -> None:
     body = {"type": "try_again", "queue_state": state, "queue_state_reason": reason}
     assert outcome(200, body) == Pending()
     assert outcome(408, body) == Pending()
@@ -108,7 +108,7 @@ def test_metadata_announces_a_result(body: Any, size: int) -> None:
     assert outcome(200, body) == Announced(size)
 
 
-def test_a_result_may_speak_of_metadata() -> None:
+def test_a_result_may_mention_metadata() -> None:
     assert isinstance(outcome(200, {"path": '"complete_metadata"', "status": "done"}), Done)
 
 
@@ -160,7 +160,7 @@ def test_408_is_pending(body: Any, expected: Pending) -> None:
 
 
 @pytest.mark.parametrize("status", [402, 429, 500, 502, 503, 504, 529])
-def test_what_may_pass_is_trouble(status: int) -> None:
+def test_possibly_temporary_statuses_are_trouble(status: int) -> None:
     found = outcome(status, {"detail": "passing"})
     assert isinstance(found, Trouble)
     assert type(found.error) is status_error_type(status)
@@ -240,14 +240,14 @@ def error(status: int, text: str = "boom", retry_after_s: Optional[float] = None
 
 
 class Polls:
-    """Polls that fail at a time of their own."""
+    """Polls that fail, on a clock that the test sets."""
 
     def __init__(self, max_outage_s: float = 300.0) -> None:
         self.state = RetryState(poll_policy(max_outage_s))
         self.now = 0.0
 
     def fail(self, failure: APIError, *, took_s: float = 0.0, rand: float = 1.0) -> Optional[float]:
-        """Return the pause after a poll that failed after *took_s*; None if that is final."""
+        """Return the pause after a poll that failed after *took_s*; None if it is final."""
         headers: Optional[Dict[str, str]] = {} if isinstance(failure, APIStatusError) else None
         began, self.now = self.now, self.now + took_s
         return self.state.decide(failure, self.now, rand, headers, began=began).delay_s
@@ -261,19 +261,19 @@ def test_trouble_backs_off_to_ten_seconds_and_pending_resets_it() -> None:
     assert polls.fail(error(503)) == 0.5
 
 
-def test_the_servers_wish_is_obeyed_within_reason() -> None:
+def test_retry_after_is_obeyed_up_to_a_limit() -> None:
     assert Polls().fail(error(503, retry_after_s=3.0), rand=0.0) == 3.0
     assert Polls().fail(error(503, retry_after_s=86400.0), rand=0.0) == MAX_HINT_S
     assert Polls().fail(error(503, retry_after_s=0.0), rand=0.0) == 0.25
 
 
-def test_the_same_500_over_and_over_is_the_response() -> None:
+def test_the_same_500_several_times_in_a_row_is_final() -> None:
     polls = Polls()
     goes_on = [polls.fail(error(500)) is not None for _ in range(SAME_500_LIMIT)]
     assert goes_on == [True] * (SAME_500_LIMIT - 1) + [False]
 
 
-def test_different_500s_and_503s_may_pass() -> None:
+def test_different_500s_and_503s_are_retried() -> None:
     polls = Polls()
     assert all(polls.fail(error(500, f"boom {n}")) is not None for n in range(20))
     for _ in range(SAME_500_LIMIT - 1):
@@ -290,7 +290,7 @@ def test_a_pending_response_between_500s_starts_the_count_again() -> None:
     assert polls.fail(error(500)) is not None
 
 
-def test_an_outage_ends_the_polling_however_the_polls_failed() -> None:
+def test_a_long_outage_ends_the_polling_however_the_polls_failed() -> None:
     polls = Polls(max_outage_s=300.0)
     assert polls.fail(error(503)) is not None
     polls.now = 300.0
@@ -299,12 +299,12 @@ def test_an_outage_ends_the_polling_however_the_polls_failed() -> None:
     assert polls.fail(error(502)) is None
 
 
-def test_no_outage_is_longer_than_what_failed() -> None:
+def test_an_outage_begins_with_the_last_contact() -> None:
     polls = Polls(max_outage_s=10.0)
-    # Held for a minute, and then an error: the outage begins with the error.
+    # Held for a minute, then an error: the outage begins with the error.
     assert polls.fail(error(502), took_s=60.0) is not None
     polls.state.succeeded()
-    # Held for a minute, and then cut off: nothing was heard for a minute.
+    # Held for a minute, then cut off: the server has been silent for a minute.
     assert polls.fail(APIConnectionError("reset"), took_s=60.0) is None
 
 
@@ -313,7 +313,7 @@ def test_a_429_is_waited_out_however_long_it_lasts() -> None:
     for _ in range(100):
         assert polls.fail(error(429, retry_after_s=60.0)) == 60.0
         polls.now += 60.0
-    assert polls.fail(error(503)) is not None  # it was no outage
+    assert polls.fail(error(503)) is not None  # the 429s were no outage
 
 
 def test_a_429_ends_an_outage() -> None:
@@ -325,12 +325,12 @@ def test_a_429_ends_an_outage() -> None:
         polls.now += 9.0
 
 
-def test_what_can_not_be_sent_again_is_polled_for_again() -> None:
+def test_a_poll_is_repeated_even_after_errors_that_are_not_retryable() -> None:
     broken_tls = APIConnectionError("certificate", retryable=False)
     assert Polls().fail(broken_tls) is not None
 
 
-def test_a_402_waits_as_the_account_does() -> None:
+def test_a_402_waits_as_long_as_the_billing_pause() -> None:
     pauses = iter([5.0, None])
     state = RetryState(poll_policy(300.0), pause_for_billing=lambda: next(pauses))
     assert state.decide(error(402), 0.0, 0.0, {}).delay_s == 5.0

@@ -1,4 +1,4 @@
-"""Poller: settles futures over a real server, however it responds, and ends immediately."""
+"""Poller: settles futures against a real server, however it responds, and closes immediately."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def open_poller(
     explain: Callable[[TinkexError], TinkexError] = same,
     **settings: Any,
 ) -> Iterator[Poller]:
-    """A poller, closed at the end in the order in which a session closes its own."""
+    """Yield a poller; at the end, close everything in the order in which a session does."""
     with open_resources(server, **settings) as resources:
         poller = Poller(resources, explain)
         try:
@@ -89,7 +89,7 @@ def watch(
     decode: Callable[[Reply], Any] = decode_path,
     binary: bool = False,
 ) -> APIFuture[Any]:
-    """A future of work that the server has accepted."""
+    """Return a future of work that the server has accepted."""
     future = poller.new_future("save_state")
     future.enter("waiting", request_id)
     poller.watch(lane, ScriptedRequest(future, decode, binary=binary))
@@ -119,7 +119,7 @@ def test_a_result_settles_the_future(server: ScriptedServer) -> None:
     ("binary", "accept"),
     [(True, "application/x-protobuf, application/json"), (False, "application/json")],
 )
-def test_binary_results_are_requested_where_there_may_be_some(
+def test_protobuf_is_requested_for_results_that_may_have_it(
     server: ScriptedServer, binary: bool, accept: str
 ) -> None:
     server.on(POLL, result())
@@ -144,7 +144,7 @@ def test_pending_work_is_requested_again_and_its_state_shown(server: ScriptedSer
         assert future.result(PATIENCE_S) == "p"
 
 
-def test_a_server_that_responds_pending_at_once_is_not_hammered(
+def test_a_server_that_reports_pending_at_once_is_not_polled_without_pauses(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backoff.random, "random", lambda: 0.5)
@@ -157,7 +157,7 @@ def test_a_server_that_responds_pending_at_once_is_not_hammered(
         assert gap >= least * 0.95
 
 
-def test_trouble_is_ridden_out_and_shown(server: ScriptedServer) -> None:
+def test_temporary_trouble_is_retried_and_shown(server: ScriptedServer) -> None:
     release = threading.Event()
     server.on(
         POLL,
@@ -176,7 +176,7 @@ def test_trouble_is_ridden_out_and_shown(server: ScriptedServer) -> None:
         assert future.result(PATIENCE_S) == "p"
 
 
-def test_trouble_is_backed_off_from(
+def test_after_trouble_the_poller_backs_off(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.02)
@@ -189,7 +189,7 @@ def test_trouble_is_backed_off_from(
         assert gap >= least * 0.95
 
 
-def test_the_servers_wish_for_a_pause_is_obeyed(server: ScriptedServer) -> None:
+def test_retry_after_is_obeyed(server: ScriptedServer) -> None:
     server.on(POLL, Answer(503, headers={"Retry-After": "0.1"}), result())
     with open_poller(server) as poller:
         watch(poller).result(PATIENCE_S)
@@ -197,7 +197,7 @@ def test_the_servers_wish_for_a_pause_is_obeyed(server: ScriptedServer) -> None:
     assert second.at - first.at >= 0.095
 
 
-def test_the_same_500_over_and_over_is_believed(server: ScriptedServer) -> None:
+def test_the_same_500_several_times_in_a_row_fails_the_future(server: ScriptedServer) -> None:
     server.on(POLL, Answer(500, {"detail": "route is broken"}))
     with open_poller(server) as poller:
         with pytest.raises(InternalServerError, match="route is broken") as caught:
@@ -207,14 +207,14 @@ def test_the_same_500_over_and_over_is_believed(server: ScriptedServer) -> None:
     assert caught.value.request_id == "r-5"
 
 
-def test_failed_work_is_the_futures_error(server: ScriptedServer) -> None:
+def test_failed_work_fails_the_future(server: ScriptedServer) -> None:
     server.on(POLL, Answer(body={"error": "no such loss", "category": "user"}))
     with open_poller(server) as poller, pytest.raises(RequestFailedError) as caught:
         watch(poller, "r-6").result(PATIENCE_S)
     assert (caught.value.category, caught.value.request_id) == ("user", "r-6")
 
 
-def test_a_tracer_that_is_interrupted_leaves_no_future_and_no_unread_place(
+def test_an_interrupted_tracer_leaves_no_future_and_no_unread_slot(
     server: ScriptedServer,
 ) -> None:
     class Interrupted:
@@ -227,7 +227,7 @@ def test_a_tracer_that_is_interrupted_leaves_no_future_and_no_unread_place(
             poller.new_future("sample", counted=True)
         assert poller.inflight() == []
         poller._transport.tracer = None
-        poller.new_future("sample", counted=True)  # although the traceback still holds the first
+        poller.new_future("sample", counted=True)  # although a traceback holds the first
         assert caught.tb is not None
 
 
@@ -243,7 +243,7 @@ def test_the_session_may_explain_the_error(server: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize("cut_off", [Answer(drop=True), Answer(body={"path": "x"}, cut_after=4)])
-def test_a_404_after_a_poll_that_was_cut_off_means_the_result_is_gone(
+def test_a_404_after_an_interrupted_poll_means_that_the_result_is_gone(
     server: ScriptedServer, cut_off: Answer
 ) -> None:
     server.on(POLL, cut_off, Answer(404, {"detail": "unknown"}))
@@ -262,7 +262,7 @@ def test_a_404_to_the_first_poll_is_not_found(server: ScriptedServer) -> None:
     [[Answer(body={"wrong": "fields"})], [Answer(body=b'{"path": "p"')] * MAX_DAMAGED],
     ids=["wrong fields", "cut off, and again"],
 )
-def test_a_response_that_cannot_be_read_is_the_futures_error(
+def test_an_unreadable_response_fails_the_future(
     server: ScriptedServer, answers: List[Answer]
 ) -> None:
     server.on(POLL, *answers, result("next"))
@@ -273,7 +273,7 @@ def test_a_response_that_cannot_be_read_is_the_futures_error(
 
 
 @pytest.mark.parametrize("body", [b'{"path": "p"', b"\xff\xfe"], ids=["cut off", "garbled"])
-def test_a_result_that_was_damaged_on_its_way_is_requested_again(
+def test_a_result_damaged_in_transit_is_requested_again(
     server: ScriptedServer, body: bytes
 ) -> None:
     server.on(POLL, Answer(body=body), result("intact"))
@@ -287,7 +287,7 @@ def test_a_404_after_a_damaged_result_means_the_result_is_gone(server: ScriptedS
         watch(poller).result(PATIENCE_S)
 
 
-def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(
+def test_a_bug_while_decoding_fails_the_future_and_the_lane_continues(
     server: ScriptedServer,
 ) -> None:
     server.on(POLL, result())
@@ -305,7 +305,7 @@ def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(
 # Large results
 
 
-def test_a_result_that_is_only_announced_is_requested(server: ScriptedServer) -> None:
+def test_an_announced_result_is_requested(server: ScriptedServer) -> None:
     announced = Answer(body={"status": "complete_metadata", "response_payload_size": 5_000_000})
     server.on(POLL, announced, result("large"))
     with open_poller(server) as poller:
@@ -315,7 +315,7 @@ def test_a_result_that_is_only_announced_is_requested(server: ScriptedServer) ->
     assert second == {"request_id": "r-1", "allow_metadata_only": False}
 
 
-def test_a_result_that_is_announced_for_ever_is_an_error(server: ScriptedServer) -> None:
+def test_a_result_that_is_announced_forever_is_an_error(server: ScriptedServer) -> None:
     server.on(POLL, Answer(body={"status": "complete_metadata", "response_payload_size": 7}))
     with open_poller(server) as poller, pytest.raises(ResponseDecodeError, match="7 bytes"):
         watch(poller).result(PATIENCE_S)
@@ -325,7 +325,7 @@ def test_a_result_that_is_announced_for_ever_is_an_error(server: ScriptedServer)
 # Pauses
 
 
-def test_a_paused_sampler_is_reported_in_the_log_and_so_is_its_end(
+def test_the_pause_of_a_sampler_and_its_end_are_logged(
     server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     paused = {
@@ -370,7 +370,7 @@ def test_an_operation_that_is_pending_for_too_long_fails(server: ScriptedServer)
             watch(poller).result(PATIENCE_S)
 
 
-def test_time_behind_others_of_the_lane_counts_but_a_result_that_is_there_is_fetched(
+def test_time_behind_others_in_the_lane_counts_but_a_finished_result_is_still_fetched(
     server: ScriptedServer,
 ) -> None:
     never = threading.Event()
@@ -381,7 +381,7 @@ def test_time_behind_others_of_the_lane_counts_but_a_result_that_is_there_is_fet
     )
     with open_poller(server, operation_timeout_s=0.7) as poller:
         futures, ready = [watch(poller, name) for name in slow], watch(poller, "ready")
-        with promptly():  # not 0.7 s each
+        with promptly():  # it does not take 0.7 s for each
             for future in futures:
                 with pytest.raises(OperationTimeoutError):
                     future.result(PATIENCE_S)
@@ -389,9 +389,7 @@ def test_time_behind_others_of_the_lane_counts_but_a_result_that_is_there_is_fet
 
 
 @pytest.mark.parametrize("answer", [Answer(hold=threading.Event()), Answer(drop=True)])
-def test_a_server_that_is_silent_for_too_long_is_given_up(
-    server: ScriptedServer, answer: Answer
-) -> None:
+def test_after_too_long_a_silence_the_future_fails(server: ScriptedServer, answer: Answer) -> None:
     server.on(POLL, answer)
     with open_poller(server, no_progress_timeout_s=0.1) as poller:
         with pytest.raises(NoProgressError, match="no contact with the server") as caught:
@@ -412,10 +410,10 @@ def test_contact_keeps_a_slow_operation_alive(
 
     server.on(POLL, *[pending] * 6, result())
     with open_poller(server, no_progress_timeout_s=25.0) as poller:
-        assert watch(poller).result(PATIENCE_S) == "p"  # after 120 s in all
+        assert watch(poller).result(PATIENCE_S) == "p"  # after 120 s in total
 
 
-def test_an_outage_is_ridden_out_for_its_time(server: ScriptedServer) -> None:
+def test_an_outage_is_retried_until_the_time_limit(server: ScriptedServer) -> None:
     server.on(POLL, Answer(drop=True))
     with open_poller(server, max_outage_s=0.1) as poller:
         with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}") as caught:
@@ -433,7 +431,7 @@ def test_a_gateway_that_fails_for_too_long_is_an_outage_too(server: ScriptedServ
     assert len(server.requests()) > 2
 
 
-def test_a_server_that_says_slow_down_is_not_an_outage(server: ScriptedServer) -> None:
+def test_a_429_is_not_an_outage(server: ScriptedServer) -> None:
     server.on(POLL, *[Answer(429)] * 8, result())
     with open_poller(server, max_outage_s=0.01) as poller:
         assert watch(poller).result(PATIENCE_S) == "p"
@@ -445,7 +443,7 @@ def test_a_402_raises_at_once_by_default(server: ScriptedServer) -> None:
         watch(poller).result(PATIENCE_S)
 
 
-def test_a_402_is_waited_out_for_the_time_that_the_server_allows(
+def test_a_402_is_waited_out_for_as_long_as_the_server_allows(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(billing, "PAUSE_S", 0.001)
@@ -467,10 +465,10 @@ def test_a_402_may_be_waited_out(server: ScriptedServer, monkeypatch: pytest.Mon
         assert watch(poller).result(PATIENCE_S) == "p"
 
 
-def test_a_poll_that_took_its_full_time_is_followed_by_another(
+def test_a_poll_that_times_out_is_repeated(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The server holds polls for longer than we wait: that is no outage.
+    # The server holds polls for longer than the client waits, which is no outage.
     hold = threading.Event()
     server.on(POLL, Answer(hold=hold), result())
     with open_poller(
@@ -518,15 +516,15 @@ def test_a_cancelled_head_does_not_hold_up_its_lane(server: ScriptedServer) -> N
             head.result(0)
 
 
-def test_a_lane_that_ran_dry_is_taken_up_again(server: ScriptedServer) -> None:
+def test_a_lane_that_ran_empty_is_polled_again(server: ScriptedServer) -> None:
     server.on(POLL, result())
     with open_poller(server) as poller:
-        for _ in range(200):  # the next one arrives while the lane is being given up
+        for _ in range(200):  # the next request arrives while the lane is being given up
             assert watch(poller).result(PATIENCE_S) == "p"
         wait_until(lambda: poller._lanes == {}, "the lane is gone")
 
 
-def test_a_lane_without_a_thread_fails_and_works_again_later(
+def test_a_lane_that_cannot_start_a_thread_fails_and_works_again_later(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.on(POLL, result())
@@ -565,7 +563,7 @@ def sample(
     return future
 
 
-def test_samples_wait_side_by_side_each_on_its_own_connection(server: ScriptedServer) -> None:
+def test_samples_wait_in_parallel_each_on_its_own_connection(server: ScriptedServer) -> None:
     release = threading.Event()
     server.on(POLL, Answer(body={"path": "p"}, hold=release))
     with open_poller(server) as poller:
@@ -598,7 +596,7 @@ def test_samples_beyond_the_cap_wait_their_turn(server: ScriptedServer) -> None:
         release.set()
         for index in (0, 1, 2, 4):
             assert futures[index].result(PATIENCE_S) == "p"
-    assert sorted(sent) == ["s0", "s1", "s2", "s4"]  # a cancelled one is not even sent
+    assert sorted(sent) == ["s0", "s1", "s2", "s4"]  # the cancelled ones are not even sent
 
 
 def test_a_sample_that_cannot_be_submitted_fails(server: ScriptedServer) -> None:
@@ -625,7 +623,7 @@ def test_workers_keep_their_connections(server: ScriptedServer) -> None:
 
 
 def cancels(poller: Poller) -> WorkerPool:
-    """The threads that send cancels."""
+    """Return the threads that send cancel requests."""
     return poller._samples.cancels._pool
 
 
@@ -638,7 +636,7 @@ def wait_for_cancels(poller: Poller) -> None:
 
 
 def cancellable(server: ScriptedServer, most: int = 64) -> None:
-    """Have the server take cancels."""
+    """Have the server accept cancel requests."""
     body = {"sample_cancel_enabled": True, "sample_cancel_max_batch_size": most}
     server.on("POST /api/v1/client/dynamic_config", Answer(body=body))
     server.on(CANCEL, Answer())
@@ -651,10 +649,10 @@ def test_a_cancelled_sample_frees_its_worker_at_once(server: ScriptedServer) -> 
         stuck, following = sample(poller, "stuck", server), sample(poller, "next", server)
         server.wait_for(POLL)
         assert stuck.cancel()
-        assert following.result(PATIENCE_S) == "next"  # the long poll would have lasted
+        assert following.result(PATIENCE_S) == "next"  # the long poll would have lasted longer
         assert sample(poller, "next", server).result(PATIENCE_S) == "next"
     first, second, third = (r.connection for r in server.requests(POLL))
-    assert first != second == third  # it keeps the new one
+    assert first != second == third  # it keeps the new connection
 
 
 def test_a_cancelled_sample_does_not_wait_out_its_back_off(
@@ -680,7 +678,7 @@ def test_a_cancelled_head_frees_its_lane_at_once(server: ScriptedServer) -> None
         assert following.result(PATIENCE_S) == "next"
 
 
-def test_a_cancelled_head_is_no_failure_to_appeal_against(server: ScriptedServer) -> None:
+def test_a_cancelled_head_is_not_passed_to_the_failure_handler(server: ScriptedServer) -> None:
     never = threading.Event()
     server.on(POLL, by_request({"head": Answer(hold=never), "next": result("next")}))
     appeals: List[Any] = []
@@ -695,7 +693,7 @@ def test_a_cancelled_head_is_no_failure_to_appeal_against(server: ScriptedServer
     assert appeals == []
 
 
-def test_cancels_race_results_and_every_worker_goes_on(server: ScriptedServer) -> None:
+def test_cancels_race_results_and_every_worker_continues(server: ScriptedServer) -> None:
     server.on(POLL, result())
     with open_poller(server, max_concurrent_samples=4) as poller:
         for _ in range(100):
@@ -707,7 +705,7 @@ def test_cancels_race_results_and_every_worker_goes_on(server: ScriptedServer) -
         assert [sample(poller, "s", server).result(PATIENCE_S) for _ in range(8)] == ["p"] * 8
 
 
-def test_the_server_hears_of_cancelled_samples_if_it_wants_to_know(
+def test_cancelled_samples_are_reported_to_the_server_if_it_sets_the_flag(
     server: ScriptedServer,
 ) -> None:
     cancellable(server)
@@ -725,7 +723,9 @@ def test_the_server_hears_of_cancelled_samples_if_it_wants_to_know(
     assert len(server.requests("POST /api/v1/client/dynamic_config")) == 1
 
 
-def test_no_more_cancels_go_out_at_once_than_the_server_takes(server: ScriptedServer) -> None:
+def test_no_more_cancel_requests_are_in_flight_than_the_server_allows(
+    server: ScriptedServer,
+) -> None:
     cancellable(server, most=1)
     release = threading.Event()
     server.on(CANCEL, Answer(hold=release), Answer())
@@ -746,7 +746,7 @@ def test_no_more_cancels_go_out_at_once_than_the_server_takes(server: ScriptedSe
 
 
 @pytest.mark.parametrize("answer", [Answer(404), Answer(body={"sample_cancel_enabled": False})])
-def test_a_server_that_takes_no_cancels_is_sent_none(
+def test_no_cancel_requests_are_sent_without_the_flag(
     server: ScriptedServer, answer: Answer
 ) -> None:
     server.on("POST /api/v1/client/dynamic_config", answer)
@@ -761,7 +761,7 @@ def test_a_server_that_takes_no_cancels_is_sent_none(
     assert server.requests(CANCEL) == []
 
 
-def test_a_server_without_the_route_is_not_asked_again(server: ScriptedServer) -> None:
+def test_a_server_without_the_cancel_route_gets_no_further_requests(server: ScriptedServer) -> None:
     cancellable(server)
     server.on(CANCEL, Answer(405))
     server.on(POLL, Answer(hold=threading.Event()))
@@ -800,7 +800,7 @@ def test_a_sample_cancelled_while_it_is_submitted_is_cancelled_on_the_server(
 # Lost results of samples
 
 
-def test_a_sample_whose_result_is_lost_is_submitted_again_as_a_new_request(
+def test_a_sample_with_a_lost_result_is_submitted_as_a_new_request(
     server: ScriptedServer,
 ) -> None:
     server.on(POLL, by_request({"s0": Answer(410), "s1": Answer(410), "s2": result("third")}))
@@ -823,14 +823,14 @@ def test_a_sample_whose_result_is_lost_is_submitted_again_as_a_new_request(
     assert asked == [0, 1]
 
 
-def test_a_lost_result_is_an_error_once_there_is_no_other_try(server: ScriptedServer) -> None:
+def test_a_lost_result_is_an_error_after_the_last_retry(server: ScriptedServer) -> None:
     server.on(POLL, Answer(410))
     with open_poller(server) as poller:
         with pytest.raises(ResultExpiredError):
             sample(poller, "s", server).result(PATIENCE_S)
 
 
-def test_a_failure_is_reported_before_anybody_hears_of_it_and_a_cancel_is_none(
+def test_the_failure_handler_runs_before_the_future_settles_and_not_for_cancels(
     server: ScriptedServer,
 ) -> None:
     server.on(POLL, by_request({"bad": Answer(404), "gone": Answer(hold=threading.Event())}))
@@ -879,14 +879,14 @@ def test_close_wakes_a_pause_between_polls(
             shut(poller)
 
 
-def test_a_closed_poller_takes_nothing_more(server: ScriptedServer) -> None:
+def test_a_closed_poller_refuses_new_work(server: ScriptedServer) -> None:
     with open_poller(server) as poller:
         shut(poller)
         with pytest.raises(ClientClosedError):
             poller.new_future("sample")
 
 
-def test_callbacks_of_futures_that_close_settles_still_run(
+def test_callbacks_of_futures_settled_by_close_still_run(
     server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.on(POLL, Answer(hold=threading.Event()))

@@ -1,4 +1,4 @@
-"""What a failure leaves behind: a line in the log if it is not read, and a short traceback."""
+"""The traces of a failure: a log line if it is not read, and a short traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONE = types.SamplingParams(max_tokens=1)
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Without the garbage collector, which may come at any time, or never."""
+    """Disable the garbage collector, which might run at any time, or never."""
     gc.collect()
     gc.disable()
     yield
@@ -28,7 +28,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_a_failed_pass_that_nothing_waits_for_is_reported_by_the_next_call(
+def test_an_unread_failure_of_a_pass_is_reported_by_the_next_call(
     trainer: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer.forward_backward([BAD], "cross_entropy")
@@ -43,7 +43,7 @@ def test_a_failed_pass_that_nothing_waits_for_is_reported_by_the_next_call(
 def test_a_failed_future_is_freed_at_once(trainer: TrainingClient) -> None:
     future = trainer.forward_backward([BAD], "cross_entropy")
     assert isinstance(future.exception(PATIENCE_S), RequestFailedError)
-    trainer.optim_step(ADAM).result(PATIENCE_S)  # the thread that polls has gone on
+    trainer.optim_step(ADAM).result(PATIENCE_S)  # the polling thread has moved on
     left = weakref.ref(future)
     del future
     assert left() is None

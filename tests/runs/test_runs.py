@@ -1,4 +1,4 @@
-"""Runs in a folder, on the embedded server: they continue to the same weights after any end."""
+"""Run folders, on the embedded server: after any end, a run continues to the same weights."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ BATCHES = [batch(index) for index in range(STEPS)]
 
 
 class Crash(NoProgressError):
-    """Stands for what ends a program so that it saves nothing more."""
+    """Stands for an end of the program that leaves no chance to save."""
 
 
 @contextlib.contextmanager
 def ending_in(error: Optional[Type[BaseException]], match: Optional[str] = None) -> Iterator[None]:
-    """The block raises *error*, somewhere in it."""
+    """Expect the block to raise *error*, possibly wrapped."""
     if error is None:
         yield
         return
@@ -65,7 +65,7 @@ def open_run(service: ServiceClient, folder: Path, **options: Any) -> Run:
 
 
 def train(run: Run, crash_in: Optional[int] = None, depth: int = 0) -> List[int]:
-    """Do what is left of STEPS steps; return their indices."""
+    """Do the remaining steps of STEPS; return their indices."""
     done = []
     steps: Iterator[RunStep[Any]]
     if depth:
@@ -96,7 +96,7 @@ def final_loss(service: ServiceClient, folder: Path) -> float:
 
 @pytest.fixture
 def expected(service: ServiceClient) -> List[float]:
-    """The losses of a run that nothing has interrupted, with that of the weights at the end."""
+    """The losses of an uninterrupted run, and the loss of its final weights."""
     trainer = service.create_lora_training_client("deterministic", rank=4)
     found = [
         trainer.train_step(each, "cross_entropy", ADAM).forward_backward.metrics["loss:sum"]
@@ -112,7 +112,7 @@ def expected(service: ServiceClient) -> List[float]:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("crash_in", [0, 1, 3, 7, 11])
-def test_a_run_that_crashed_continues_to_the_same_weights(
+def test_a_crashed_run_continues_to_the_same_weights(
     service: ServiceClient, tmp_path: Path, expected: List[float], crash_in: int, depth: int
 ) -> None:
     with ending_in(Crash), open_run(service, tmp_path) as run:
@@ -139,7 +139,7 @@ def test_a_run_that_crashes_after_each_step(
     assert len(read_run(tmp_path).model_ids) == STEPS
 
 
-def test_a_run_that_is_done_has_no_steps_left(service: ServiceClient, tmp_path: Path) -> None:
+def test_a_finished_run_has_no_steps_left(service: ServiceClient, tmp_path: Path) -> None:
     with open_run(service, tmp_path) as run:
         assert train(run) == list(range(STEPS))
     before = read_run(tmp_path).checkpoints
@@ -150,7 +150,9 @@ def test_a_run_that_is_done_has_no_steps_left(service: ServiceClient, tmp_path: 
     assert read_run(tmp_path).checkpoints == before
 
 
-def test_without_a_seed_the_first_one_is_kept(service: ServiceClient, tmp_path: Path) -> None:
+def test_without_a_seed_the_first_random_seed_is_kept(
+    service: ServiceClient, tmp_path: Path
+) -> None:
     with ending_in(Crash), open_run(service, tmp_path) as run:
         seed = run.record.spec["seed"]
         train(run, crash_in=1)
@@ -173,7 +175,7 @@ def test_several_loops_one_after_the_other(service: ServiceClient, tmp_path: Pat
     for crash_in in (5, 8, None):
         with ending_in(Crash if crash_in else None), open_run(service, tmp_path) as run:
             epochs(run, crash_in)
-    again = [(0, 3), (1, 4)]  # 3 and then 6 steps were saved
+    again = [(0, 3), (1, 4)]  # saved after 3 and 6 steps
     again2 = [(1, 6), (1, 7)]
     assert seen == [
         *[(0, 0), (0, 1), (0, 2), (0, 3), (1, 4)],
@@ -194,7 +196,7 @@ def test_a_loop_within_a_loop_is_refused(service: ServiceClient, tmp_path: Path)
 
 
 class DataSet:
-    """A sequence that does not say that it is one, and what was read of it."""
+    """A sequence that is not registered as one, and records which items were read."""
 
     def __init__(self) -> None:
         self.read: List[int] = []
@@ -207,7 +209,7 @@ class DataSet:
         return batch(index)
 
 
-def test_only_what_is_needed_is_read_of_a_data_set_or_by_a_function(
+def test_only_the_needed_batches_are_read_from_a_data_set_or_function(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     for kind in ("data set", "function", "iterable"):
@@ -229,7 +231,7 @@ def test_only_what_is_needed_is_read_of_a_data_set_or_by_a_function(
 
 
 @pytest.mark.parametrize("batches", [5, None, 1.5])
-def test_batches_of_no_use(service: ServiceClient, tmp_path: Path, batches: Any) -> None:
+def test_invalid_batches(service: ServiceClient, tmp_path: Path, batches: Any) -> None:
     with open_run(service, tmp_path) as run:
         with pytest.raises(InvalidInputError, match="batches is"):
             list(run.steps(batches))
@@ -277,10 +279,10 @@ def test_start_from_a_checkpoint(service: ServiceClient, tmp_path: Path) -> None
         open_run(service, tmp_path, start_from=path.replace("/a", "/b"))
 
 
-# What is a step, and what is saved
+# Steps and saves
 
 
-def test_a_step_left_by_break_counts_if_it_has_trained(
+def test_a_step_that_is_left_with_break_counts_if_it_has_trained(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with open_run(service, tmp_path) as run:
@@ -300,7 +302,7 @@ def test_a_step_left_by_break_counts_if_it_has_trained(
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_a_pipeline_left_by_break_waits_for_what_was_submitted(
+def test_a_pipeline_that_is_left_with_break_waits_for_the_submitted_steps(
     service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
 ) -> None:
     with open_run(service, tmp_path) as run:
@@ -314,7 +316,7 @@ def test_a_pipeline_left_by_break_waits_for_what_was_submitted(
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["before training", "after training"])
-def test_ctrl_c_saves_whole_steps_only(
+def test_ctrl_c_saves_only_whole_steps(
     service: ServiceClient, tmp_path: Path, trained: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ending_in(KeyboardInterrupt), open_run(service, tmp_path, save_every=2) as run:
@@ -328,20 +330,20 @@ def test_ctrl_c_saves_whole_steps_only(
     assert ("left within a step" in caplog.text) == trained
 
 
-def test_ctrl_c_within_a_step_keeps_the_checkpoint_under_way(
+def test_ctrl_c_within_a_step_keeps_the_checkpoint_being_saved(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with ending_in(KeyboardInterrupt), open_run(service, tmp_path, save_every=2) as run:
         for step in run.steps(BATCHES):
             run.trainer.forward_backward(step.batch, "cross_entropy")
             if step.index == 2:
-                assert read_run(tmp_path).checkpoints == []  # it is read at the end of a step
+                assert read_run(tmp_path).checkpoints == []  # it is recorded at the end of a step
                 raise KeyboardInterrupt
             run.trainer.optim_step(ADAM).result()
     assert read_run(tmp_path).checkpoints[-1].steps == 2
 
 
-def test_ctrl_c_in_a_pipeline_saves_what_was_sent(
+def test_ctrl_c_in_a_pipeline_saves_the_steps_that_were_sent(
     service: ServiceClient,
     tmp_path: Path,
     expected: List[float],
@@ -358,7 +360,7 @@ def test_ctrl_c_in_a_pipeline_saves_what_was_sent(
 
 
 @pytest.mark.parametrize("on_session_loss", ["raise", "resume"])
-def test_steps_that_the_loop_did_not_see_have_their_metrics(
+def test_steps_that_the_loop_did_not_see_are_logged_with_their_metrics(
     service: ServiceClient, tmp_path: Path, on_session_loss: str
 ) -> None:
     def metrics(step: RunStep[Any]) -> Dict[str, float]:
@@ -388,10 +390,10 @@ def test_weights_for_sampling_are_in_the_journal(service: ServiceClient, tmp_pat
 
 
 @pytest.mark.parametrize("depth", [0, 3])
-def test_weights_for_sampling_hold_the_steps_that_the_journal_names(
+def test_weights_for_sampling_contain_the_steps_that_the_journal_names(
     service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
 ) -> None:
-    """Also after a loop that was left, and as often as one likes."""
+    """Even after the loop was left, and any number of times."""
     with open_run(service, tmp_path) as run:
         if depth:
             for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=depth):
@@ -418,7 +420,7 @@ def test_weights_for_sampling_are_not_saved_within_a_step(
 ) -> None:
     with open_run(service, tmp_path) as run:
         for step in run.steps(BATCHES[:2]):
-            assert run.save_for_sampler()  # the step has not trained yet
+            assert run.save_for_sampler()  # the current step has not trained yet
             assert run.record.sampler is not None
             assert run.record.sampler.steps == step.index
             run.trainer.train_step(step.batch, "cross_entropy", ADAM)
@@ -434,7 +436,7 @@ def test_weights_for_sampling_are_not_saved_within_a_step(
 @pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
 @pytest.mark.parametrize("on_session_loss", ["raise", "resume"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, InvalidInputError])
-def test_metrics_that_fail_lose_no_step(
+def test_failing_loggers_lose_no_step(
     service: ServiceClient,
     tmp_path: Path,
     expected: List[float],
@@ -466,7 +468,7 @@ def test_metrics_that_fail_lose_no_step(
 
 
 @pytest.mark.parametrize("ending", ["close", "save_for_sampler", "loop"])
-def test_metrics_that_fail_after_the_loop_was_left_are_raised_when_all_is_done(
+def test_errors_of_loggers_after_the_loop_are_raised_at_the_end(
     service: ServiceClient, tmp_path: Path, ending: str
 ) -> None:
     def metrics(step: RunStep[Any]) -> Dict[str, int]:
@@ -498,7 +500,7 @@ def test_no_checkpoint_is_made_while_a_gradient_accumulates(
                 run.trainer.optim_step(ADAM).result()
             if step.index == 10:
                 raise Crash("the lights went out")
-    assert read_run(tmp_path).checkpoints[-1].steps in (4, 8)  # 8 may not have arrived
+    assert read_run(tmp_path).checkpoints[-1].steps in (4, 8)  # 8 may not have arrived yet
     with open_run(service, tmp_path) as run:
         assert run.steps_done % 4 == 0
 
@@ -506,7 +508,7 @@ def test_no_checkpoint_is_made_while_a_gradient_accumulates(
 def test_a_checkpoint_after_a_failed_step_is_dropped(
     service: ServiceClient, tmp_path: Path, local: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loop that reads its results one step late learns of a failure after the save."""
+    """A loop that reads its results one step late notices a failure only after the save."""
     fail_in, calls = 2, iter(range(100))
     original = DeterministicEngine.forward_backward
 
@@ -569,7 +571,7 @@ def test_older_checkpoints_are_deleted_and_the_others_expire(
     assert sorted(found.expires_at is None for found in listed) == [False, True]
 
 
-def test_a_checkpoint_that_is_gone_is_passed_over(
+def test_a_deleted_checkpoint_is_skipped(
     service: ServiceClient,
     tmp_path: Path,
     expected: List[float],
@@ -587,7 +589,7 @@ def test_a_checkpoint_that_is_gone_is_passed_over(
     assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
 
 
-def test_a_run_without_any_checkpoint_left_does_not_begin_anew(
+def test_a_run_whose_checkpoints_are_all_gone_does_not_start_over(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with open_run(service, tmp_path) as run:
@@ -609,7 +611,7 @@ def test_a_save_whose_response_was_lost_is_found(
 
     def save_twice(trainer: TrainingClient, *args: Any, **options: Any) -> Any:
         save(trainer, *args, **options)
-        return save(trainer, *args, **options)  # 409: it exists already
+        return save(trainer, *args, **options)  # 409: the checkpoint exists already
 
     monkeypatch.setattr(TrainingClient, "save_state", save_twice)
     with open_run(service, tmp_path) as run:
@@ -618,7 +620,7 @@ def test_a_save_whose_response_was_lost_is_found(
     assert final_loss(service, tmp_path) == expected[-1]
 
 
-def test_saves_that_fail_are_tried_again_three_times(
+def test_failing_saves_are_retried_three_times(
     service: ServiceClient,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -648,7 +650,7 @@ def test_saves_that_fail_are_tried_again_three_times(
 # The folder
 
 
-def test_a_folder_is_for_one_process(service: ServiceClient, tmp_path: Path) -> None:
+def test_a_folder_can_be_used_by_one_process_only(service: ServiceClient, tmp_path: Path) -> None:
     with open_run(service, tmp_path):
         with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()} on ") as caught:
             open_run(service, tmp_path)
@@ -663,7 +665,7 @@ def test_the_child_of_a_fork_does_not_hold_the_folder(
     read, write = os.pipe()
     begun, begin = os.pipe()
     child = os.fork()
-    if child == 0:  # lives on until the pipe is closed
+    if child == 0:  # the child lives until the pipe is closed
         os.close(write)
         os.write(begin, b".")
         os.read(read, 1)
@@ -733,7 +735,7 @@ def test_a_damaged_line_is_reported(service: ServiceClient, tmp_path: Path, line
             read()
 
 
-def test_lines_of_a_later_version_are_passed_over(service: ServiceClient, tmp_path: Path) -> None:
+def test_lines_of_a_later_version_are_skipped(service: ServiceClient, tmp_path: Path) -> None:
     open_run(service, tmp_path).close()
     with (tmp_path / "journal.jsonl").open("a") as journal:
         journal.write('{"kind": "weather", "at": 1}\n')
@@ -826,7 +828,7 @@ def test_two_processes_do_not_share_a_folder(
         with pytest.raises(RunFolderError, match=f"in use by process {other.pid} on "):
             open_run(service, tmp_path)
         assert len(read_run(tmp_path).model_ids) == 1
-        other.kill()  # the system releases the lock
+        other.kill()  # the system then releases the lock
     with open_run(service, tmp_path) as run:
         train(run)
     assert len(losses(tmp_path)) == STEPS
@@ -891,7 +893,7 @@ def test_bad_options(
         open_run(service, tmp_path, **options)
 
 
-def test_saving_by_time(
+def test_saving_at_time_intervals(
     service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -903,7 +905,7 @@ def test_saving_by_time(
                 now += 50
                 if step.index == 8:
                     raise Crash("the lights went out")
-    # The time is looked at after each step: after 150 s, and 150 s later.
+    # The time is checked after each step: it is due after 150 s, and 150 s later.
     assert [saved.steps for saved in read_run(tmp_path).checkpoints] == [3, 6]
 
 
@@ -917,7 +919,7 @@ def end_session(service: ServiceClient) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 3])
-def test_a_lost_session_is_ridden_out(
+def test_a_run_survives_a_lost_session(
     service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
 ) -> None:
     lose_in = [1, 7, 11]
@@ -935,7 +937,7 @@ def test_a_lost_session_is_ridden_out(
                 if not depth:
                     result = run.trainer.train_step(step.batch, "cross_entropy", ADAM)
                     step.log(result.forward_backward.metrics)
-    assert len(sessions) >= 3  # the last loss may show when the run is closed
+    assert len(sessions) >= 3  # the last loss may be noticed only when the run is closed
     assert [*losses(tmp_path), final_loss(service_like(service), tmp_path)] == expected
 
 
@@ -943,7 +945,7 @@ _fresh: List[ServiceClient] = []
 
 
 def service_like(service: ServiceClient) -> ServiceClient:
-    """A session like that of *service*, which is lost."""
+    """Return a service like *service*, whose session is lost."""
     _fresh.append(ServiceClient(base_url=service.config.base_url))
     return _fresh[-1]
 
@@ -955,7 +957,7 @@ def fresh_sessions_are_closed() -> Iterator[None]:
         _fresh.pop().close()
 
 
-def test_a_lost_session_is_raised_unless_it_is_to_be_ridden_out(
+def test_a_lost_session_is_raised_unless_the_run_is_told_to_survive_it(
     service: ServiceClient, tmp_path: Path, expected: List[float]
 ) -> None:
     with ending_in(SessionLostError), open_run(service, tmp_path) as run:
@@ -971,7 +973,7 @@ def test_a_lost_session_is_raised_unless_it_is_to_be_ridden_out(
     assert [*losses(tmp_path), final_loss(fresh, tmp_path)] == expected
 
 
-def test_sessions_that_are_lost_again_and_again(
+def test_repeatedly_lost_sessions(
     service: ServiceClient, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("tinkex.runs.connection.time.sleep", lambda seconds: None)
@@ -985,7 +987,7 @@ def test_sessions_that_are_lost_again_and_again(
     assert "Create a new ServiceClient" not in caplog.text
 
 
-def test_the_body_must_be_within_the_step_to_ride_out_a_loss(
+def test_the_body_must_be_inside_the_step_to_survive_a_lost_session(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with open_run(service, tmp_path, on_session_loss="resume") as run:
@@ -996,7 +998,7 @@ def test_the_body_must_be_within_the_step_to_ride_out_a_loss(
             run.steps(iter(BATCHES))
 
 
-def test_a_budget_is_kept_over_sessions(local: LocalServer, tmp_path: Path) -> None:
+def test_a_budget_carries_over_to_new_sessions(local: LocalServer, tmp_path: Path) -> None:
     from tinkex import Budget, BudgetExceededError
 
     with ServiceClient(base_url=local.url, budget=Budget(tokens=8)) as service:
@@ -1011,10 +1013,10 @@ def test_a_budget_is_kept_over_sessions(local: LocalServer, tmp_path: Path) -> N
         wait_until(lambda: service.inflight() == [], "nothing is under way")
 
 
-def test_a_checkpoint_is_noted_after_the_lines_of_its_steps(
+def test_a_checkpoint_is_recorded_after_the_lines_of_its_steps(
     service: ServiceClient, tmp_path: Path
 ) -> None:
-    """In a pipeline the checkpoint may be there before the loop has seen its last step."""
+    """In a pipeline a checkpoint may be saved before the loop has seen its last step."""
     with open_run(service, tmp_path, save_every=1) as run:
         for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=4):
             wait_until(lambda: service.inflight() == [], "all that was submitted is done")
@@ -1027,7 +1029,7 @@ def test_a_checkpoint_is_noted_after_the_lines_of_its_steps(
     assert written == STEPS
 
 
-def test_a_run_whose_model_was_refused_may_begin_with_other_settings(
+def test_a_run_whose_model_was_refused_may_start_with_other_settings(
     service: ServiceClient, tmp_path: Path
 ) -> None:
     with pytest.raises(BadRequestError, match="at most"):

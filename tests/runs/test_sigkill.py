@@ -1,4 +1,4 @@
-"""A few kills of the proof in tests/proofs/sigkill.py, on the deterministic engine."""
+"""A few kills by tests/proofs/sigkill.py, on the deterministic engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proofs.sigkill import prove
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 @pytest.mark.parametrize("loop", ["pipelined", "one_by_one"])
-def test_a_script_that_is_killed_comes_to_the_same_weights(tmp_path: Path, loop: str) -> None:
+def test_a_killed_script_arrives_at_the_same_weights(tmp_path: Path, loop: str) -> None:
     outcome = prove("deterministic", loop, steps=12, kills=2, seed=1, folder=tmp_path)
     assert outcome.differences == []
     assert outcome.kills == 2

@@ -1,4 +1,4 @@
-"""SIGTERM with exit_on_sigterm: the step is finished and saved, the session ended, code 143."""
+"""SIGTERM with exit_on_sigterm: the step is finished and saved, the session ends, code 143."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def script(local: LocalServer, tmp_path: Path) -> List[str]:
 
 
 @pytest.mark.parametrize(("where", "steps"), [("before", [0]), ("step", [5]), ("pipeline", [6, 7])])
-def test_the_step_is_finished_and_saved(
+def test_sigterm_finishes_and_saves_the_step(
     script: List[str], where: str, steps: List[int], local: LocalServer, tmp_path: Path
 ) -> None:
     process = started([*script, where])
@@ -71,14 +71,14 @@ def test_the_step_is_finished_and_saved(
     assert "the client ended it: interrupted" in reply.text
 
 
-def test_the_second_one_exits_immediately(script: List[str], tmp_path: Path) -> None:
+def test_the_second_sigterm_exits_immediately(script: List[str], tmp_path: Path) -> None:
     process = started([*script, "step"])
     deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and time.monotonic() < deadline:
-        process.terminate()  # two that come together count as one
+        process.terminate()  # signals that arrive together count as one
         wait_until_it_is_caught(process)
-    stdout, stderr = process.communicate(timeout=1)  # without a line to go on
-    # A third one, while it exits, has the system's own effect.
+    stdout, stderr = process.communicate(timeout=1)  # stdin gets no line that would let it continue
+    # A third signal, while it exits, has the system's default effect.
     assert process.returncode in (143, -signal.SIGTERM)
     assert (stdout, stderr) == ("", "")
     assert read_run(tmp_path).checkpoints == []
@@ -99,14 +99,14 @@ def test_only_the_main_thread_handles_signals(service: ServiceClient, tmp_path: 
     assert "main thread" in str(errors[0])
 
 
-def test_the_handler_before_is_restored(service: ServiceClient, tmp_path: Path) -> None:
+def test_the_previous_handler_is_restored(service: ServiceClient, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with service.open_run(tmp_path, "deterministic", exit_on_sigterm=True):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_it_does_not_wait_for_another_session(
+def test_sigterm_does_not_wait_for_a_new_session(
     service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
@@ -135,7 +135,7 @@ def test_it_does_not_wait_for_another_session(
 
 
 def started(command: List[str]) -> subprocess.Popen[str]:
-    """Start the script, and wait until it waits."""
+    """Start the script; return once it is waiting."""
     process = subprocess.Popen(
         command,
         env=environment(None),
@@ -150,7 +150,7 @@ def started(command: List[str]) -> subprocess.Popen[str]:
 
 
 def wait_until_it_is_caught(process: subprocess.Popen[str]) -> None:
-    """Until Python has taken the signal: it is not pending any more."""
+    """Wait until Python has taken the signal, so that it is no longer pending."""
     status = Path(f"/proc/{process.pid}/status")
     if not status.exists():
         pytest.skip("needs /proc")

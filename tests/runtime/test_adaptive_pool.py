@@ -1,4 +1,4 @@
-"""AdaptivePool: how many threads there are for short requests, and what becomes of what waits."""
+"""AdaptivePool: how many threads serve short requests, and what happens to waiting tasks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def make() -> AdaptivePool:
 
 
 def each(run: Any, items: Iterable[Any]) -> List[Any]:
-    """A task for each of *items*, which runs it."""
+    """Return a task per item, which runs the item."""
     return [functools.partial(run, item) for item in items]
 
 
-def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> None:
+def test_there_are_more_threads_if_the_server_is_far_away_and_they_are_idle() -> None:
     made = make()
 
     def after(request_s: float, cpu_s: float) -> Optional[int]:
-        """What is wanted after a few requests, which took so long and so much CPU together."""
-        ended = made._counted_from + 2 * adaptive_pool.RECENT_S  # what was before is forgotten
+        """Return how many threads are wanted after requests with these total and CPU times."""
+        ended = made._counted_from + 2 * adaptive_pool.RECENT_S  # earlier requests are forgotten
         made._fastest_s = made._fastest_before_s = 1e9
         notes = [
             made._note(
@@ -58,7 +58,7 @@ def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> N
     assert after(0.0305, cpu_s=0.9) == adaptive_pool.MIN_THREADS
 
 
-def test_one_quick_recent_request_shows_how_far_the_server_is() -> None:
+def test_one_quick_recent_request_shows_how_far_away_the_server_is() -> None:
     made = make()
     began = made._period_began
 
@@ -66,13 +66,13 @@ def test_one_quick_recent_request_shows_how_far_the_server_is() -> None:
         return made._note(began + at_s - took_s, began + at_s, 0.0)
 
     assert note(1.0, 0.0005) is None
-    slow = [note(1.0 + number, 0.05) for number in range(15)]  # they wait for the interpreter
+    slow = [note(1.0 + number, 0.05) for number in range(15)]  # delayed by the interpreter
     assert slow[-1] == adaptive_pool.MIN_THREADS
-    later = [note(26.0 + number, 0.0505) for number in range(16)]  # it is further away now
+    later = [note(26.0 + number, 0.0505) for number in range(16)]  # the server is farther away now
     assert later[-1] == 50
 
 
-def test_it_grows_while_requests_wait_for_the_server() -> None:
+def test_the_pool_grows_while_requests_wait_for_the_server() -> None:
     inside, most = 0, 0
     lock, never = threading.Lock(), threading.Event()
 
@@ -81,7 +81,7 @@ def test_it_grows_while_requests_wait_for_the_server() -> None:
         with lock:
             inside += 1
             most = max(most, inside)
-        never.wait(0.01)  # for the server
+        never.wait(0.01)  # as if for the server
         with lock:
             inside -= 1
             ran.append(number)
@@ -93,7 +93,7 @@ def test_it_grows_while_requests_wait_for_the_server() -> None:
     assert adaptive_pool.MIN_THREADS < most <= made.pool.cap
 
 
-def test_it_shrinks_while_it_has_work_to_do() -> None:
+def test_the_pool_shrinks_while_it_has_work_to_do() -> None:
     full, go = threading.Barrier(9), threading.Event()
     ran: List[int] = []
 
@@ -115,7 +115,7 @@ def test_it_shrinks_while_it_has_work_to_do() -> None:
     assert set(ran) <= {1, 2, 3}
 
 
-def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: List[Any] = []
     made = make()
 
@@ -126,7 +126,7 @@ def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch)
     wait_until(lambda: len(ran) == 600, "all ran")
     assert sorted(ran) == [(name, number) for name in ("a", "b") for number in range(300)]
     monkeypatch.setattr(adaptive_pool, "MIN_THREADS", 1)
-    monkeypatch.setattr(adaptive_pool, "MAX_THREADS", 1)  # or the second thread could be quicker
+    monkeypatch.setattr(adaptive_pool, "MAX_THREADS", 1)  # a second thread could overtake the first
     one = make()
     ran.clear()
     one.put(each(ran.append, range(1000)))
@@ -134,7 +134,7 @@ def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch)
     assert ran == list(range(1000))
 
 
-def test_what_waits_at_close_is_dropped() -> None:
+def test_waiting_tasks_are_dropped_at_close() -> None:
     go, ran = threading.Event(), []
 
     def run(number: int) -> None:

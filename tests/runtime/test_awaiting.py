@@ -27,7 +27,7 @@ TWO = types.SamplingParams(max_tokens=2)
 
 
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
-    """Run the coroutine function *main* in a loop of its own, for a bounded time."""
+    """Run the coroutine function *main* in its own event loop, with a time limit."""
 
     async def bounded() -> Any:
         return await asyncio.wait_for(main(), PATIENCE_S)
@@ -37,7 +37,7 @@ def run(main: Callable[[], Awaitable[Any]]) -> Any:
 
 @pytest.fixture
 def released(routes: TinkerRoutes) -> Iterator[threading.Event]:
-    """The results of optimizer steps are held back until the event is set."""
+    """Hold the results of optimizer steps until the event is set."""
     event = threading.Event()
     result = Answer(body={"metrics": {}}, hold=event)
     routes.serve("optim_step", lambda received: routes.accepted("optim_step", result))
@@ -58,7 +58,7 @@ def test_a_future_is_awaited_for_its_result(trainer: TrainingClient) -> None:
     assert third is first
 
 
-def test_the_error_of_failed_work_is_raised_where_it_is_awaited(service: ServiceClient) -> None:
+def test_the_error_of_failed_work_is_raised_by_await(service: ServiceClient) -> None:
     async def main() -> None:
         with pytest.raises(NotFoundError):
             await service.create_rest_client().get_training_run("no-such-run")
@@ -137,7 +137,7 @@ def test_gathered_submissions_are_sent_in_call_order(
     assert [body["seq_id"] for body in routes.submitted("optim_step")] == list(range(2, 21, 2))
 
 
-def test_the_loop_goes_on_while_a_client_is_created(
+def test_the_event_loop_keeps_running_while_a_client_is_created(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     turned = threading.Event()
@@ -219,7 +219,7 @@ def test_a_long_await_is_explained_in_the_log(
     assert explained
 
 
-def test_awaiting_what_is_there_is_not_reported_as_a_wait(
+def test_awaiting_a_finished_result_is_not_reported_as_a_wait(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "tinkex")
@@ -249,7 +249,7 @@ def test_a_cancelled_future_cancels_what_awaits_it(
     run(main)
 
 
-def test_bad_input_is_refused_where_an_async_name_is_awaited(trainer: TrainingClient) -> None:
+def test_bad_input_is_refused_when_an_async_name_is_awaited(trainer: TrainingClient) -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="the batch is empty"):
             await trainer.forward_backward_async([], "cross_entropy")

@@ -1,4 +1,4 @@
-"""LongWait: slices end at the limits, and notices come ever more rarely."""
+"""LongWait: slices end at the limits, and notices come at growing intervals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_pauses_between_notices_double_up_to_five_minutes(clock: Clock) -> None:
         before = clock.now
         clock.now += wait.slice_s()
         assert wait.notice_is_due()
-        assert not wait.notice_is_due()  # once
+        assert not wait.notice_is_due()  # each notice is due only once
         pauses.append(clock.now - before)
     assert pauses == [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
     assert wait.elapsed_s == sum(pauses)
@@ -49,7 +49,7 @@ def test_a_slice_ends_with_the_timeout(clock: Clock) -> None:
     assert wait.slice_s() == 0.0
 
 
-def test_a_slice_is_short_where_waits_cannot_be_interrupted(
+def test_a_slice_is_short_if_waits_cannot_be_interrupted(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_module, "_LONGEST_SLICE_S", 0.25)

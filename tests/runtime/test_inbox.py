@@ -1,4 +1,4 @@
-"""Inbox: order, waits that end, and finalizers that put into it."""
+"""Inbox: order, bounded waits, and puts by finalizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.threads import race
 from tinkex._runtime.inbox import Inbox
 
 
-def test_items_come_in_order() -> None:
+def test_items_are_delivered_in_order() -> None:
     inbox: Inbox[int] = Inbox()
     for item in range(3):
         inbox.put(item)
@@ -30,7 +30,7 @@ def test_items_come_in_order() -> None:
 
 @pytest.mark.parametrize("timeout", [0.0, 1e-9, 1e-7, 3e-7, 1e-6])
 @pytest.mark.parametrize("was_used", [False, True])
-def test_the_shortest_wait_ends(timeout: float, was_used: bool) -> None:
+def test_even_the_shortest_wait_ends(timeout: float, was_used: bool) -> None:
     for _ in range(2000):
         inbox: Inbox[int] = Inbox()
         if was_used:
@@ -57,7 +57,7 @@ def test_a_put_ends_the_wait(timeout: float) -> None:
     assert inbox.get(timeout) == 7
 
 
-def test_every_item_is_taken_once_by_threads_that_wait() -> None:
+def test_every_item_is_taken_once_by_waiting_threads() -> None:
     inbox: Inbox[int] = Inbox()
     taken: List[int] = []
     count, threads = 400, 4
@@ -77,7 +77,7 @@ def test_every_item_is_taken_once_by_threads_that_wait() -> None:
     assert inbox.empty()
 
 
-def test_two_that_come_at_once_wake_two_threads() -> None:
+def test_two_simultaneous_items_wake_two_threads() -> None:
     inbox: Inbox[int] = Inbox()
     released = threading.Event()
     taken = [threading.Event(), threading.Event()]
@@ -101,7 +101,7 @@ class Owner:
     pass
 
 
-def test_a_finalizer_may_put_into_it_at_any_call() -> None:
+def test_a_finalizer_may_put_an_item_during_any_call() -> None:
     inbox: Inbox[int] = Inbox()
     taken: List[int] = []
     count = 2000

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 
 @pytest.fixture
 def slow_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module that tells that it is being imported, and waits."""
+    """The name of a module that signals that its import has begun, and waits."""
     name = "tinkex_test_slow_module"
     (tmp_path / f"{name}.py").write_text(
         "import sys\nsys.tinkex_test_begun.set()\nsys.tinkex_test_go_on.wait(60)\nvalue = 7\n"
@@ -37,7 +37,7 @@ def exit_code(pid: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
+def test_a_fork_waits_for_an_import_in_another_thread(slow_module: str) -> None:
     importer = threading.Thread(target=import_late, args=(slow_module,))
     importer.start()
     assert sys.tinkex_test_begun.wait(PATIENCE_S)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
 
     def fork() -> None:
         pid = os.fork()
-        if pid == 0:  # without the wait, this would wait for the importer's lock for ever
+        if pid == 0:  # if the fork did not wait, this would wait for the importer's lock forever
             os._exit(import_late(slow_module).value)
         forks.append(pid)
 
@@ -60,7 +60,7 @@ def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_fork_does_not_wait_for_an_import_for_ever(
+def test_a_fork_does_not_wait_for_an_import_forever(
     slow_module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(late_import, "_MAX_FORK_WAIT_S", 0.01)
@@ -76,7 +76,7 @@ def test_a_fork_does_not_wait_for_an_import_for_ever(
     wait_until(lambda: not late_import._importing, "it is done")
 
 
-def test_a_module_that_is_not_there_is_an_ordinary_error() -> None:
+def test_a_missing_module_is_an_ordinary_error() -> None:
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError):
             import_late("tinkex_test_no_such_module")

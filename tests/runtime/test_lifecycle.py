@@ -1,4 +1,4 @@
-"""Deferred work: finalizers do none inside this package, and a failure does not stop the rest."""
+"""Deferred work: finalizers inside this package postpone it; a failure does not stop the rest."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tinkex._runtime.lifecycle import call_from_finalizer, defer, run_deferred
 
 
 def finalizer(done: List[str]) -> None:
-    """What a finalizer does: its own frame does not count."""
+    """Do the work of a finalizer, whose own frame does not count."""
     call_from_finalizer(done.append, "cleanup")
 
 
 def called_by(module: str) -> Callable[[Callable[[], Any]], Any]:
-    """Return a function of *module* that calls what it is given."""
+    """Return a function of *module* that calls its argument."""
     scope: Dict[str, Any] = {"__name__": module}
     exec("def call(fn):\n    return fn()", scope)
     return scope["call"]
 
 
-def test_a_finalizer_outside_of_the_package_acts_now() -> None:
+def test_a_finalizer_outside_the_package_acts_immediately() -> None:
     done: List[str] = []
     called_by("a_user_s_script")(lambda: finalizer(done))
     assert done == ["cleanup"]

@@ -1,4 +1,4 @@
-"""Numbers and flags as callers have them: Python's, numpy's, torch's, pandas' and text."""
+"""Numbers and flags of every kind that callers pass: Python, numpy, torch, pandas, text."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ NO_NUMBERS += [
 
 
 @pytest.mark.parametrize("value", EIGHTS, ids=repr)
-def test_whatever_stands_for_an_integer_becomes_one(value: Any) -> None:
+def test_any_integer_like_value_becomes_an_integer(value: Any) -> None:
     assert type(to_int(value)) is int
     assert to_int(value) == 8
     assert to_float(value) == 8
 
 
 @pytest.mark.parametrize("value", HALVES, ids=repr)
-def test_whatever_stands_for_a_number_becomes_a_float(value: Any) -> None:
+def test_any_number_like_value_becomes_a_float(value: Any) -> None:
     assert type(to_float(value)) is float
     assert to_float(value) == 0.5
     assert to_int(value) is value
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number_stays_as_it_is(value: Any) -> None:
+def test_other_values_are_left_unchanged_by_number_conversion(value: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert to_int(value) is value
@@ -71,7 +71,7 @@ def test_tensors_without_dimensions_are_numbers() -> None:
     assert type(to_int(torch.tensor([8]))) is torch.Tensor
 
 
-def test_text_is_a_number_only_where_it_is_requested() -> None:
+def test_text_is_a_number_only_if_requested() -> None:
     assert to_int("8", text=False) == "8"
     assert to_float("0.5", text=False) == "0.5"
     assert to_int("9" * 5000) == "9" * 5000
@@ -88,18 +88,18 @@ def test_flags_that_are_off(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 2, "maybe", "", [], 0.5], ids=repr)
-def test_what_is_no_flag_stays_as_it_is(value: Any) -> None:
+def test_other_values_are_left_unchanged_by_flag_conversion(value: Any) -> None:
     assert to_bool(value) is value
 
 
-def test_a_finite_number_is_one_that_a_float_can_hold() -> None:
+def test_a_number_is_finite_only_if_a_float_can_hold_it() -> None:
     assert is_finite(1)
     assert is_finite(1.5)
     for value in (math.nan, math.inf, 10**400, True, "1", None):
         assert not is_finite(value)
 
 
-def test_an_argument_that_is_no_integer_is_refused_with_its_limits() -> None:
+def test_an_argument_that_is_not_an_integer_is_refused_with_its_limits() -> None:
     assert as_int("limit", np.int64(5), 1, most=200) == 5
     with pytest.raises(InvalidInputError, match=r"limit is 5\.5; it must be an integer, 1 or more"):
         as_int("limit", 5.5, 1)
@@ -120,7 +120,7 @@ def test_a_timeout_is_a_number_of_seconds_or_none() -> None:
 
 
 @pytest.mark.parametrize("value", EIGHTS, ids=repr)
-def test_parameters_take_integers_of_any_kind(value: Any) -> None:
+def test_parameters_accept_integers_of_any_kind(value: Any) -> None:
     params = SamplingParams(max_tokens=value, seed=value, top_k=value, stop=[np.int64(8)])
     params.check()
     assert params == SamplingParams(max_tokens=8, seed=8, top_k=8, stop=[8])
@@ -139,7 +139,7 @@ def test_parameters_take_integers_of_any_kind(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", HALVES, ids=repr)
-def test_parameters_take_numbers_of_any_kind(value: Any) -> None:
+def test_parameters_accept_numbers_of_any_kind(value: Any) -> None:
     params = SamplingParams(temperature=value, top_p=value)
     params.check()
     assert params.to_json() == {"temperature": 0.5, "top_k": -1, "top_p": 0.5}
@@ -170,7 +170,7 @@ def test_layers_are_chosen_by_flags_of_any_kind() -> None:
     ],
     ids=repr,
 )
-def test_messages_say_what_is_really_wrong(params: Any, message: str) -> None:
+def test_messages_name_the_actual_fault(params: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         SamplingParams(**params).check()
 

@@ -1,4 +1,4 @@
-"""SingleFlight: one works, the others get what it got."""
+"""SingleFlight: one caller does the work, the others get its outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinkex.errors import ClientClosedError, RateLimitError
 
 
 class Closing(threading.Event):
-    """Tells when somebody has looked at it: who waits for a leader does."""
+    """Records that a thread has checked it, as threads that wait for a leader do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Closing(threading.Event):
 
 
 class Bench:
-    """A leader in the middle of its work, and followers that wait for it."""
+    """A leader that is still working, and followers that wait for it."""
 
     def __init__(self) -> None:
         self.flight: SingleFlight[str] = SingleFlight()
@@ -54,7 +54,7 @@ class Bench:
     def start(
         self, pool: ThreadPoolExecutor, outcome: Callable[[], str], followers: int
     ) -> List[Future[str]]:
-        """Return the leader's future and those of *followers* that wait."""
+        """Return the futures of the leader and of *followers* waiting followers."""
         leading = pool.submit(self.lead, outcome)
         assert self.began.wait(PATIENCE_S)
         self.closings = [Closing() for _ in range(followers)]
@@ -82,7 +82,7 @@ def test_all_get_the_leaders_value() -> None:
     assert not bench.flight.busy
 
 
-def test_each_gets_an_error_of_its_own_with_the_leaders_facts() -> None:
+def test_each_follower_gets_a_copy_of_the_leaders_error() -> None:
     bench = Bench()
     error = RateLimitError("slow down", status=429, retry_after_s=3.0)
     with ThreadPoolExecutor(2) as pool:
@@ -97,7 +97,7 @@ def test_each_gets_an_error_of_its_own_with_the_leaders_facts() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), ClientClosedError("closed")])
-def test_a_leader_that_was_broken_off_decides_nothing(error: BaseException) -> None:
+def test_an_interrupted_or_closed_leader_decides_nothing(error: BaseException) -> None:
     bench = Bench()
     with ThreadPoolExecutor(2) as pool:
         leading, waiting = bench.start(pool, fail(error), 1)
@@ -107,7 +107,7 @@ def test_a_leader_that_was_broken_off_decides_nothing(error: BaseException) -> N
     assert bench.runs == ["leader", "follower"]
 
 
-def test_who_is_closed_stops_waiting() -> None:
+def test_a_closed_follower_stops_waiting() -> None:
     bench = Bench()
     with ThreadPoolExecutor(2) as pool:
         leading, waiting = bench.start(pool, lambda: "it", 1)
@@ -119,7 +119,7 @@ def test_who_is_closed_stops_waiting() -> None:
         assert leading.result(PATIENCE_S) == "it"
 
 
-def test_the_next_one_works_anew() -> None:
+def test_later_calls_do_the_work_again() -> None:
     flight: SingleFlight[int] = SingleFlight()
     closing = threading.Event()
     assert [flight.run(lambda n=n: n, closing) for n in range(3)] == [0, 1, 2]

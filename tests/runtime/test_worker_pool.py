@@ -1,4 +1,4 @@
-"""WorkerPool: order, growth, idle threads, close, and what must never be lost."""
+"""WorkerPool: order, growth, idle threads, close, and tasks that must never be lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinkex.errors import ClientClosedError
 
 @pytest.fixture
 def pools() -> Iterator[List[WorkerPool]]:
-    """Pools appended here are closed after the test, and their threads waited for."""
+    """Pools appended to this list are closed after the test, and their threads joined."""
     made: List[WorkerPool] = []
     yield made
     for pool in made:
@@ -31,7 +31,7 @@ def threads_named(prefix: str) -> List[str]:
     return sorted(t.name for t in threading.enumerate() if t.name.startswith(prefix))
 
 
-def test_a_lane_runs_tasks_in_the_order_they_came(pools: List[WorkerPool]) -> None:
+def test_a_lane_runs_tasks_in_order_of_arrival(pools: List[WorkerPool]) -> None:
     lane = WorkerPool("tinkex-test-lane", 1)
     pools.append(lane)
     ran: List[int] = []
@@ -73,7 +73,7 @@ def test_a_pool_grows_with_its_work_up_to_the_cap(pools: List[WorkerPool]) -> No
     assert sorted(set(running)) == [f"tinkex-test-grow-{i}" for i in range(3)]
 
 
-def test_an_idle_thread_is_used_again(pools: List[WorkerPool]) -> None:
+def test_an_idle_thread_is_reused(pools: List[WorkerPool]) -> None:
     pool = WorkerPool("tinkex-test-reuse", 8)
     pools.append(pool)
     idents = set()
@@ -97,8 +97,8 @@ def test_idle_threads_end(pools: List[WorkerPool]) -> None:
     assert ran.wait(PATIENCE_S)
 
 
-def test_no_task_is_lost_between_idling_out_and_submit(pools: List[WorkerPool]) -> None:
-    # idle_s of 0 makes a thread give up at once, over and over, while tasks arrive.
+def test_no_task_is_lost_between_idle_timeout_and_submit(pools: List[WorkerPool]) -> None:
+    # With idle_s of 0 threads give up at once, over and over, while tasks arrive.
     pool = WorkerPool("tinkex-test-edge", 2, idle_s=0.0)
     pools.append(pool)
     for _ in range(200):
@@ -119,7 +119,7 @@ def test_close_ends_idle_threads_at_once() -> None:
     assert threads_named("tinkex-test-close") == []
 
 
-def test_close_drops_what_has_not_begun_and_lets_it_be_collected() -> None:
+def test_close_drops_queued_tasks_and_lets_them_be_collected() -> None:
     pool = WorkerPool("tinkex-test-drop", 1)
     began, release = threading.Event(), threading.Event()
     ran: List[str] = []
@@ -150,7 +150,7 @@ def test_a_closed_pool_refuses_tasks() -> None:
         pool.submit(lambda: None)
 
 
-def test_join_names_the_thread_that_stays() -> None:
+def test_join_names_threads_that_remain() -> None:
     pool = WorkerPool("tinkex-test-stay", 1)
     began, release = threading.Event(), threading.Event()
     pool.submit(lambda: (began.set(), release.wait(PATIENCE_S)))
@@ -173,7 +173,7 @@ def test_a_task_may_close_and_join_its_own_pool() -> None:
     wait_until(lambda: left == [[]], "the task has joined its own pool")
 
 
-def test_drain_runs_what_is_queued_and_then_ends() -> None:
+def test_drain_runs_the_queued_tasks_and_then_ends() -> None:
     pool = WorkerPool("tinkex-test-drain", 1)
     began, release = threading.Event(), threading.Event()
     ran: List[int] = []
@@ -189,7 +189,7 @@ def test_drain_runs_what_is_queued_and_then_ends() -> None:
     assert ran == [0, 1, 2]
 
 
-def test_a_tasks_exception_is_logged_and_the_next_task_runs(
+def test_the_exception_of_a_task_is_logged_and_the_next_task_runs(
     pools: List[WorkerPool], caplog: pytest.LogCaptureFixture
 ) -> None:
     lane = WorkerPool("tinkex-test-error", 1)
@@ -207,7 +207,7 @@ def test_a_tasks_exception_is_logged_and_the_next_task_runs(
     assert "the task's own" in caplog.text
 
 
-def test_a_task_does_not_stay_alive_once_it_has_run(pools: List[WorkerPool]) -> None:
+def test_a_task_is_released_once_it_has_run(pools: List[WorkerPool]) -> None:
     pool = WorkerPool("tinkex-test-keep", 1)
     pools.append(pool)
 
@@ -227,7 +227,7 @@ def refuse_to_start(self: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def test_a_task_without_a_thread_is_refused_and_never_runs(
+def test_a_task_for_which_no_thread_can_start_is_refused_and_never_runs(
     pools: List[WorkerPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = WorkerPool("tinkex-test-nothread", 1)
@@ -244,7 +244,7 @@ def test_a_task_without_a_thread_is_refused_and_never_runs(
     assert ran == ["accepted"]
 
 
-def test_a_pool_with_threads_makes_do_with_them(
+def test_a_pool_that_cannot_start_more_threads_uses_those_it_has(
     pools: List[WorkerPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = WorkerPool("tinkex-test-few", 4)
@@ -300,7 +300,7 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
     wait_until(lambda: state.idle == 2, "both threads idle")
     stop = state.stop_from_finalizer
     alive = weakref.ref(pool)
-    with state.lock:  # where a collection may happen
+    with state.lock:  # a garbage collection may happen here
         stop()
     assert pool.join(time.monotonic() + PATIENCE_S) == []
     del pool
@@ -308,7 +308,7 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
     assert alive() is None
 
 
-def test_a_finalizer_leaves_time_for_what_is_queued() -> None:
+def test_a_finalizer_lets_queued_tasks_finish() -> None:
     began, release, done = threading.Event(), threading.Event(), threading.Event()
     pool = WorkerPool("tinkex-test-last", 1)
     pool.submit(lambda: (began.set(), release.wait(PATIENCE_S)))
@@ -334,7 +334,7 @@ def test_threads_do_not_keep_the_pool_alive() -> None:
     wait_until(lambda: threads_named("tinkex-test-weak") == [], "its thread has ended")
 
 
-def test_close_races_submit_without_an_orphan() -> None:
+def test_close_races_submit_without_leaving_a_task_or_thread() -> None:
     for _ in range(300):
         pool = WorkerPool("tinkex-test-race", 2)
         ran: List[int] = []
@@ -354,7 +354,7 @@ def test_close_races_submit_without_an_orphan() -> None:
     assert threads_named("tinkex-test-race") == []
 
 
-def test_many_submitters_lose_nothing() -> None:
+def test_no_task_of_many_submitters_is_lost() -> None:
     pool = WorkerPool("tinkex-test-many", 4, idle_s=0.0)
     ran: List[int] = []
 

@@ -1,4 +1,4 @@
-"""Sampler handles from a queue: what a forged one can and cannot have this process do."""
+"""Sampler handles from a queue: what a forged handle can and cannot make this process do."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_command_in_a_handle_is_not_run(
     assert keys_sent(server) == set()
 
 
-def test_no_setting_but_those_of_a_handle_is_read() -> None:
+def test_only_the_settings_of_a_handle_are_read() -> None:
     forged = handle_of(
         "http://127.0.0.1:1",
         credential_cmd="true",
@@ -88,7 +88,7 @@ def test_no_setting_but_those_of_a_handle_is_read() -> None:
 
 
 @pytest.mark.usefixtures("own_credentials")
-def test_own_credentials_are_not_sent_to_the_server_that_a_handle_names(
+def test_the_receivers_credentials_are_not_sent_to_the_server_that_a_handle_names(
     server: ScriptedServer, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = SamplingClient.from_sampler_handle(handle_of(server.url))
@@ -102,7 +102,7 @@ def test_own_credentials_are_not_sent_to_the_server_that_a_handle_names(
 
 
 @pytest.mark.usefixtures("own_credentials")
-def test_an_own_credential_command_is_not_run_for_the_server_that_a_handle_names(
+def test_the_receivers_credential_command_is_not_run_for_the_server_that_a_handle_names(
     server: ScriptedServer,
     routes: TinkerRoutes,
     tmp_path: Path,
@@ -118,7 +118,7 @@ def test_an_own_credential_command_is_not_run_for_the_server_that_a_handle_names
 
 
 @pytest.mark.usefixtures("own_credentials")
-def test_the_own_key_is_sent_to_the_own_server(
+def test_the_receivers_key_is_sent_to_its_own_server(
     server: ScriptedServer,
     routes: TinkerRoutes,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,9 @@ def test_the_key_that_the_receiver_passes_is_used_for_any_server(
 
 
 @pytest.mark.usefixtures("own_credentials")
-def test_a_pickle_is_trusted_with_the_own_key(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_a_pickle_is_trusted_with_the_receivers_key(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     client = SamplingClient._from_handle(handle_of(server.url), trusted=True)
     pickled = pickle.dumps(client)
     assert OWN_KEY.encode() not in pickled
@@ -167,7 +169,7 @@ def test_a_pickle_is_trusted_with_the_own_key(server: ScriptedServer, routes: Ti
         "https://tinker.thinkingmachines.dev.evil.example/services/tinker-prod",
     ],
 )
-def test_a_server_that_only_looks_like_the_own_one_gets_no_key(url: str) -> None:
+def test_a_server_that_only_resembles_the_receivers_gets_no_key(url: str) -> None:
     config = config_of_handle({"base_url": url})
     assert config.api_key is None
     assert config.access_headers == {}
@@ -183,7 +185,7 @@ def test_a_server_that_only_looks_like_the_own_one_gets_no_key(url: str) -> None
         "https://tinker.thinking\nmachines.dev/services/tinker-prod",
     ],
 )
-def test_the_own_key_goes_to_the_url_of_this_process_however_the_handle_spells_it(url: str) -> None:
+def test_the_receivers_key_goes_to_its_own_url_however_the_handle_spells_it(url: str) -> None:
     config = config_of_handle({"base_url": url})
     assert (config.base_url, config.api_key) == (DEFAULT_BASE_URL, OWN_KEY)
 
@@ -202,7 +204,7 @@ def test_the_own_key_goes_to_the_url_of_this_process_however_the_handle_spells_i
         {"settings": {"base_url": "http://127.0.0.1:1", "api_key": 5}},
     ],
 )
-def test_a_handle_of_wrong_types_is_refused(change: Dict[str, Any]) -> None:
+def test_a_handle_with_values_of_wrong_types_is_refused(change: Dict[str, Any]) -> None:
     state = json.loads(base64.urlsafe_b64decode(handle_of("http://127.0.0.1:1")))
     forged = base64.urlsafe_b64encode(json.dumps({**state, **change}).encode()).decode()
     with pytest.raises(InvalidInputError, match="not a sampler handle"):
@@ -213,6 +215,6 @@ def test_a_handle_of_wrong_types_is_refused(change: Dict[str, Any]) -> None:
     "settings",
     [{"wire": "x"}, {"max_outage_s": "long"}, {"max_outage_s": -1}, {"max_concurrent_samples": 0}],
 )
-def test_a_setting_out_of_its_range_is_named(settings: Dict[str, Any]) -> None:
+def test_a_setting_out_of_range_is_named(settings: Dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SamplingClient.from_sampler_handle(handle_of("http://127.0.0.1:1", **settings))

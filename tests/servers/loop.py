@@ -1,7 +1,7 @@
-"""What a program does with a client, step by step: the same on every server.
+"""What a program does with a client, as steps that are the same on every server.
 
-Each step takes a Loop and checks what it got.  Where a server cannot do something, the step knows
-which typed error is the answer.
+Each step takes a Loop and checks its results.  If a server cannot do something, the step knows
+which typed error to expect.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Loop:
         return self._saved
 
     def logprobs(self, trainer: tinkex.TrainingClient) -> np.ndarray:
-        """What *trainer* makes of a datum: identifies its weights."""
+        """Return the logprobs that *trainer* gives a datum: they identify its weights."""
         output = trainer.forward([datum(1, 2, 3, 4)], "cross_entropy").result(WAIT_S)
         values: np.ndarray = output.loss_fn_outputs[0]["logprobs"].to_numpy()
         return values
@@ -175,7 +175,7 @@ def load_into_this_run(loop: Loop) -> None:
     path = loop.saved
     before = loop.logprobs(loop.service.create_training_client_from_state(path))
     future = loop.trainer.load_state_with_optimizer(path)
-    if loop.profile.startswith("skyrl"):  # only as a run's first request
+    if loop.profile.startswith("skyrl"):  # accepts it only as a run's first request
         with pytest.raises(TinkexError, match="first request"):
             future.result(WAIT_S)
         loop.logprobs(loop.trainer)
@@ -288,7 +288,7 @@ def download(loop: Loop) -> None:
         folder = loop.folder / str(number)
         lacking = {
             "hatchery-0.3": (loop.saved, sampler),
-            "hosted": (sampler,),  # the other is exported for the purpose
+            "hosted": (sampler,),  # the training checkpoint is exported to download it
             "skyrl-0.3": (loop.saved,),
             "skyrl-0.4": (loop.saved,),
         }

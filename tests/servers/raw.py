@@ -1,4 +1,4 @@
-"""Raw HTTP to a server with a profile: what the rows of the table are looked at with."""
+"""Raw HTTP to a server with a profile: how the rows of the table are observed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 KEY = "tml-profiles"
 WAIT_S = 60.0
 SESSION = {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"}
-#: A word for each way to answer a pending poll is found out with holds this short.
+#: Long polls are held this short, so that answers to pending polls are seen quickly.
 HOLD_S = 0.05
 
 
@@ -162,7 +162,7 @@ class Raw:
         )
 
     def settled(self, future: Any, accept: str = "application/json", **headers: str) -> Any:
-        """Poll until the future is settled; the last answer."""
+        """Poll until the future is settled; return the last answer."""
         while True:
             answer = self.poll(future, accept, **headers)
             if answer.status_code == 408 or b'"try_again"' in answer.content:
@@ -177,14 +177,14 @@ class Raw:
         return value
 
     def decoded(self, future: Any, reader: str) -> Any:
-        """A bulk result, whichever way it is encoded; *reader* is the codec's method."""
+        """Decode a bulk result in whichever encoding it has; *reader* is the codec's method."""
         answer = self.settled(future, "application/x-protobuf, application/json")
         assert answer.status_code == 200, answer.text
         return getattr(codec_for(answer.headers["Content-Type"]), reader)(answer.content)
 
 
 def serving(profile: str, engine: GatedEngine) -> LocalServer:
-    """A server of *profile*, not started; keyless where the real one is."""
+    """Return a server of *profile*, not started; without a key if the real one has none."""
     return ProfiledServer(
         engine,
         profile=profile,

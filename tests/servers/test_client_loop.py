@@ -21,7 +21,7 @@ from tinkex.types import ModelInput
 
 @pytest.fixture
 def loop(raw: Raw, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Loop]:
-    """A client without any setting about its server."""
+    """A Loop whose client has no setting about its server."""
     raw.engine.gate.set()
     caplog.set_level(logging.INFO, logger="tinkex")
     key = None if raw.profile.startswith("skyrl") else KEY
@@ -32,7 +32,7 @@ def loop(raw: Raw, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator
 
 
 def _expected(text: str) -> bool:
-    return "NaN" in text  # explains what a strange token usually means
+    return "NaN" in text  # the warning about tokens beyond the vocabulary
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
@@ -47,11 +47,11 @@ def test_whole_loop(loop: Loop) -> None:
 
 def _run_all(loop: Loop) -> None:
     for step in STEPS:
-        if step is not many_datums_in_chunks:  # slow, and the same wherever it stands
+        if step is not many_datums_in_chunks:  # slow, and does not depend on its place in the order
             step(loop)
 
 
-#: Whatever the hosted service may switch on.
+#: The flags that the hosted service may switch on.
 FLAGS = ServerSettings(
     retrieve_hold_s=2.0,
     flags=ClientFlags(
@@ -74,7 +74,7 @@ FLAGS = ServerSettings(
 def test_whole_loop_with_flags(
     profile: Optional[str], settings: ServerSettings, tmp_path: Path
 ) -> None:
-    """The same without a profile, and with everything switched on that changes what is sent."""
+    """The whole loop without a profile, with every flag set that changes the requests."""
     engine = DeterministicEngine(vocab_size=1000, context_length=256)
     with ProfiledServer(engine, profile=profile, api_key=KEY, settings=settings) as server:
         with tinkex.ServiceClient(base_url=server.url, api_key=KEY) as service:
@@ -83,7 +83,7 @@ def test_whole_loop_with_flags(
 
 
 def test_close_leaves_nothing(raw: Raw) -> None:
-    """No thread of the client, and no session where the server has a route to end it."""
+    """Closing ends all threads of the client, and the session if the server has the route."""
     key = None if raw.profile.startswith("skyrl") else KEY
     with tinkex.ServiceClient(base_url=raw.server.url, api_key=key) as service:
         trainer = service.create_lora_training_client("deterministic", rank=4)

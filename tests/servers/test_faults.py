@@ -21,12 +21,13 @@ __all__ = ["loop"]  # the fixture
 
 Environ = Dict[str, Any]
 Serve = Callable[[Environ, Any], Iterable[bytes]]
-#: Takes the route, how often it was asked for, and how to serve it properly.
+#: Given a route, how often it was requested, and the proper way to serve it, returns the way to
+#: use.
 Fault = Callable[[str, int, Serve], Serve]
 
 
 class Faults:
-    """What stands between HTTP and the server: `fault` may answer in its place."""
+    """Sits between HTTP and the server: `fault` may answer in the server's place."""
 
     def __init__(self) -> None:
         self.fault: Fault = lambda route, count, serve: serve
@@ -54,7 +55,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
 
 
 def losing(serve: Serve) -> Serve:
-    """Do the work, and lose the answer."""
+    """Have the server do the work, and lose its answer."""
 
     def serve_and_hang_up(environ: Environ, start: Any) -> Iterable[bytes]:
         answer = serve(environ, start)
@@ -71,7 +72,7 @@ def test_polls_cut_short_and_slow_submissions(loop: Loop, faults: Faults) -> Non
         if route == "retrieve_future" and count % 5 == 1:
             return json_answer({"detail": "Timeout waiting for result"}, 408)
         if route in ("forward_backward", "optim_step", "asample"):
-            pause.wait(0.005)  # the others overtake it
+            pause.wait(0.005)  # other requests overtake it
         return serve
 
     faults.fault = busy
@@ -80,7 +81,7 @@ def test_polls_cut_short_and_slow_submissions(loop: Loop, faults: Faults) -> Non
     steps.unknown_loss(loop)
 
 
-def test_crashes_and_resets_are_ridden_out(loop: Loop, faults: Faults) -> None:
+def test_the_client_survives_crashes_and_resets(loop: Loop, faults: Faults) -> None:
     loop.trainer.train_step([datum()], "cross_entropy", ADAM)  # the dialect is settled
     crashing = ("optim_step", "retrieve_future", "asample")
 
@@ -108,7 +109,7 @@ def test_a_lost_response_is_requested_again(loop: Loop, faults: Faults) -> None:
 
 
 def _lost_for_good(trainer: Any) -> None:
-    """Of a server that does not recognise what comes again: reported, and the run continues."""
+    """Check that a server without repeat detection loses the result, and that the run continues."""
     trainer.train_step([datum()], "cross_entropy", ADAM)
     trainer.forward_backward([datum()], "cross_entropy").result(WAIT_S)
     with pytest.raises(ResultExpiredError, match="was done"):

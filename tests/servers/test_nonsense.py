@@ -1,4 +1,4 @@
-"""Whatever is sent to a server with a profile, it answers; nothing escapes from the layer."""
+"""A server with a profile answers whatever is sent to it; no exception escapes from the layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinkex.local.settings import ServerSettings
 from tinkex.local.state.store import Store
 
 HEADERS = {"X-API-Key": KEY}
-#: What a body of each route may hold; SESSION stands for the session that lives.
+#: Fields that a body of each route may contain; SESSION stands for the live session.
 BODIES: Dict[str, Dict[str, Any]] = {
     "client/config": {"sdk_version": "x"},
     "create_session": {"tags": [], "sdk_version": "x", "user_metadata": {}},
@@ -60,7 +60,7 @@ values = st.recursive(
 
 @st.composite
 def requests(draw: st.DrawFn) -> Dict[str, Any]:
-    """A request that is nearly right, or not at all."""
+    """Draw requests that are nearly right, or entirely wrong."""
     route = draw(st.sampled_from(sorted(BODIES)))
     body: Any = dict(BODIES[route])
     for name in draw(st.sets(st.sampled_from([*body, "more"]), max_size=2)):
@@ -112,5 +112,5 @@ def test_nonsense_gets_a_response(client: Client, session_id: str, asked: Dict[s
     data = asked.pop("data").replace(b"SESSION", session_id.encode())
     answer = client.open(path, data=data, **asked)
     assert answer.status_code in (200, 201, 202, 302, 400, 404, 405, 408, 409, 410, 415, 422, 500)
-    if answer.status_code == 500:  # only of the kind that a profile means
+    if answer.status_code == 500:  # only the kind of 500 that a profile intends
         assert answer.get_data() == b"Internal Server Error"

@@ -33,13 +33,13 @@ def job(name: str) -> Job:
     return Job(name, lambda: name)
 
 
-def test_an_unknown_profile_is_named_with_those_there_are() -> None:
+def test_the_error_about_an_unknown_profile_lists_the_known_ones() -> None:
     with pytest.raises(LocalServerError, match="nope") as raised:
         ProfiledServer(DeterministicEngine(), profile="nope")
     assert all(name in str(raised.value) for name in NAMES)
 
 
-def test_imitating_is_no_option_of_the_command() -> None:
+def test_the_command_has_no_option_to_imitate_a_server() -> None:
     refused = CliRunner().invoke(serve, ["--port", "0", "--profile", "hosted"])
     assert refused.exit_code == 2
     assert "No such option" in refused.output
@@ -63,7 +63,7 @@ def test_an_imitated_server_runs_on_its_own() -> None:
     assert (config.status_code, config.json()) == (405, {"detail": "Method Not Allowed"})
 
 
-def test_a_hold_that_was_chosen_wins_over_the_profile() -> None:
+def test_a_hold_time_that_was_set_wins_over_the_profile() -> None:
     skyrl = profile_named("skyrl-0.3")
     assert settings_of(skyrl, ServerSettings()).retrieve_hold_s == 300.0
     assert settings_of(skyrl, ServerSettings(retrieve_hold_s=1.5)).retrieve_hold_s == 1.5
@@ -86,7 +86,7 @@ def test_another_method_of_a_known_path_is_405() -> None:
     assert table.refusal("PUT", "runs/r1/checkpoints/weights/c1/ttl") == 405
 
 
-def test_a_server_with_every_route_lacks_only_what_is_named() -> None:
+def test_a_server_with_every_route_lacks_only_the_named_ones() -> None:
     table = RouteTable(None, ("POST forward",))
     assert table.refusal("POST", "forward") == 404
     assert table.refusal("POST", "forward_backward") is None
@@ -134,14 +134,14 @@ def test_ids_lose_and_regain_their_colons() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["weights", "sampler_weights"])
-def test_a_path_handed_out_leads_back(name: str, kind: str) -> None:
+def test_an_outward_path_converts_back(name: str, kind: str) -> None:
     profile = profile_named(name)
     path = f"tinker://{SESSION}:train:1/{kind}/c1"
     kinds = ("weights", "sampler_weights")
     assert path in results.path_inward(profile, results.path_outward(profile, path), kinds)
 
 
-def test_requests_run_as_they_come() -> None:
+def test_requests_run_in_order_of_arrival() -> None:
     lane = ArrivalLane("m", "s")
     lane.add(3, b"c", job("third"))
     lane.add(1, b"a", job("first"))
@@ -155,7 +155,7 @@ def test_requests_run_as_they_come() -> None:
 
 def test_the_first_body_of_a_number_wins() -> None:
     lane = FirstBodyLane("m", "s")
-    lane.add(1, b"a", None)  # refused: the number is still free
+    lane.add(1, b"a", None)  # refused, so the number is still free
     assert lane.find(1, b"b") is None
     lane.add(1, b"b", job("first"))
     assert lane.find(1, b"c") == "first"
@@ -184,7 +184,7 @@ def test_a_number_is_used_up_by_success_only() -> None:
     ]  # fmt: skip
 
 
-def test_strange_tokens_leave_the_others_alone() -> None:
+def test_unknown_tokens_do_not_change_the_logprobs_of_others() -> None:
     engine = DeterministicEngine(vocab_size=100)
     wrapped = lenient(engine, tell_nan=True)
     wrapped.create("m", LoraConfig())
@@ -203,7 +203,7 @@ def test_strange_tokens_leave_the_others_alone() -> None:
     assert second.dtype == np.float32
 
 
-def test_strange_targets_of_several_per_token() -> None:
+def test_unknown_targets_among_several_per_token() -> None:
     wrapped = lenient(DeterministicEngine(vocab_size=100), tell_nan=True)
     wrapped.create("m", LoraConfig())
     datum = Datum(
@@ -214,8 +214,8 @@ def test_strange_targets_of_several_per_token() -> None:
     assert np.isnan(output["logprobs"].to_numpy()).tolist() == [[False, True], [True, True]]
 
 
-def test_every_choice_of_a_profile_is_made_by_one() -> None:
-    """A choice that no server makes is no choice."""
+def test_every_choice_is_made_by_some_profile() -> None:
+    """A choice that no profile makes has no place in Profile."""
     profiles = [profile_named(name) for name in NAMES]
     for field in dataclasses.fields(profiles[0]):
         assert len({getattr(profile, field.name) for profile in profiles}) > 1, field.name

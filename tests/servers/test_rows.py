@@ -1,7 +1,7 @@
 """The differences between the servers of the protocol, row by row, over raw HTTP.
 
 Each function below checks one row of the table and returns what the server does as a small value;
-the decorator holds what each column must be.
+its decorator holds the expected value of each column.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXPECTED: Dict[str, Dict[str, Any]] = {}
 
 
 def row(*columns: Any) -> Callable[[Look], Look]:
-    """Note what a row shows, column by column; a single value stands for all."""
+    """Record the expected value of each column; a single value stands for all columns."""
     values = columns * len(COLUMNS) if len(columns) == 1 else columns
     assert len(values) == len(COLUMNS)
 
@@ -55,7 +55,7 @@ def test_every_profile_is_a_column() -> None:
 
 
 def summary(answer: requests.Response) -> Any:
-    """The status, and whether it is a crash in plain text."""
+    """Return the status, marked if it is a crash in plain text."""
     if answer.status_code == 500 and answer.headers["Content-Type"].startswith("text/plain"):
         assert answer.text == "Internal Server Error"
         return CRASH
@@ -411,7 +411,7 @@ def after_a_request_that_fails(raw: Raw) -> str:
 
 @row([400, 400], [400, 400], [422, 409], [200, 200], [200, 200])
 def two_failures_in_flight(raw: Raw) -> List[int]:
-    """The second fails for its number's sake where the first one did not use its own up."""
+    """If the failed first request did not use up its number, the second fails by its number."""
     model = raw.model()
     futures = [raw.train(model, number, loss="no_such_loss") for number in (1, 2)]
     return [raw.settled(future).status_code for future in futures]
@@ -446,7 +446,7 @@ def seq_id_gap(raw: Raw) -> str:
 
 @row([4, False], [4, False], [5, False], [5, False], [5, True])
 def prompt_logprobs_of_five_tokens(raw: Raw) -> List[Any]:
-    """How many values, and whether the first is none."""
+    """Return how many values there are, and whether the first is None."""
     sampler = raw.sampler(raw.session(), 0)
     sampled = raw.sample(sampler, 0, [5, 6, 7, 8, 9], prompt_logprobs=True)
     logprobs = raw.decoded(sampled, "decode_samples").prompt_logprobs_np
@@ -535,7 +535,7 @@ def optim_step_metrics(raw: Raw) -> type:
     "failed",
 )
 def token_id_beyond_the_vocabulary(raw: Raw) -> Any:
-    """The logprobs of three strange positions of a pass, and of one that is not."""
+    """Return the kinds of logprobs at three positions with unknown tokens, and at one without."""
     from tinkex.types import Datum, ModelInput
 
     strange = Datum(
@@ -709,7 +709,7 @@ def capabilities(raw: Raw) -> str:
 
 @row("closed", "kept", "closed", "closed", "kept")
 def connection_after_a_plain_500(raw: Raw) -> str:
-    """Whether the server hangs up after an answer that does not say so."""
+    """Whether the server closes the connection without announcing it."""
     host, _, port = raw.server.url.partition("//")[2].rpartition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10.0)
     connection.connect()

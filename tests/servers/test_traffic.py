@@ -1,4 +1,4 @@
-"""What goes over the wire: nothing that a server refused is tried on it again."""
+"""Traffic on the wire: a request that a server refused is not tried on that server again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.types import ModelInput, SamplingParams
 
 _SESSION = re.compile(r"(?<=sessions/)[^/]+")
 
-#: Route and status of what each server refuses, once, to a program that uses most of it.
+#: The requests of a typical program that each server refuses, once each, as (route, status).
 REFUSED: Dict[str, Dict[Tuple[str, int], int]] = {
     "hosted": {},
     "skyrl-0.3": {
@@ -49,7 +49,7 @@ class Traffic:
             self.seen.append((_SESSION.sub("ID", route), status))
 
     def refused(self) -> Dict[Tuple[str, int], int]:
-        """Count refusals; a poll that ends before the result is there (408) is none."""
+        """Count refusals; a poll that ends before the result is ready (408) is not one."""
         pairs = (pair for pair in self.seen if pair != ("retrieve_future", 408))
         return dict(Counter(pair for pair in pairs if pair[1] >= 400))
 
@@ -79,10 +79,10 @@ def client(raw: Raw) -> tinkex.ServiceClient:
     return tinkex.ServiceClient(base_url=raw.server.url, api_key=key)
 
 
-def test_what_is_refused_is_not_tried_again(
+def test_a_refused_request_is_not_tried_again(
     raw: Raw, traffic: Traffic, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two sessions, one after the other, each with everything in it."""
+    """Two sessions in a row, each using all features."""
     caplog.set_level(logging.INFO, logger="tinkex")
     for _ in range(2):
         with client(raw) as service:
@@ -96,11 +96,11 @@ def test_what_is_refused_is_not_tried_again(
             params = SamplingParams(max_tokens=2)
             sampler.sample(ModelInput.from_ints([1, 2]), 1, params).result(WAIT_S)
     assert traffic.refused() == REFUSED[raw.profile]
-    # Nor is a connection used again that the server has given up after a plain-text 500.
+    # Nor is a connection reused after a plain-text 500, when the server has closed it.
     assert "cannot reach" not in caplog.text
 
 
-def test_many_first_passes_at_once_settle_it_once(raw: Raw, traffic: Traffic) -> None:
+def test_concurrent_first_passes_settle_the_encoding_once(raw: Raw, traffic: Traffic) -> None:
     with client(raw) as service:
         trainers = [service.create_lora_training_client("deterministic") for _ in range(6)]
 

@@ -16,7 +16,7 @@ from tinkex.config import Config
 
 @pytest.fixture(autouse=True)
 def no_script_is_left() -> Iterator[None]:
-    """Kill the scripts of a test that failed before it waited for them."""
+    """Kill the scripts of a test that failed before their end."""
     yield
     for script in list(processes.running):
         script.kill()
@@ -56,7 +56,7 @@ def connect(server: SessionServer) -> Iterator[Callable[..., ServiceClient]]:
 
 @pytest.fixture
 def unused_port() -> Iterator[int]:
-    """A port nothing listens on, nor can while the test runs."""
+    """A port on which nothing listens, or can listen while the test runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         yield probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A network without sockets for SessionManager, and a manager whose turns a test takes itself."""
+"""A network without sockets for SessionManager, and a manager that a test steps by hand."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PATIENCE_S = 60.0
 
 
 class FakeNetwork:
-    """What the servers do: the functions may answer, raise, or wait for an event."""
+    """The behaviour of the servers: its functions may answer, raise, or wait for an event."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # guards what follows
+        self.lock = threading.Lock()  # guards the attributes below
         self.created = 0
-        self.sent: List[str] = []  # the sessions of the beats, in order
+        self.sent: List[str] = []  # the session of each heartbeat, in order
         self.finished: List[Tuple[str, str, Optional[str]]] = []
         self.finish_timeouts: List[float] = []
-        self.threads: List[str] = []  # who created sessions
+        self.threads: List[str] = []  # the threads that created sessions
         self.links: List[FakeLink] = []
         self.on_create: Callable[[str], CreateSessionResponse] = CreateSessionResponse
         self.on_beat: Callable[[str], int] = lambda session_id: 200
@@ -44,7 +44,7 @@ class FakeNetwork:
             return self.sent.count(session_id)
 
     def wait_for_beat(self) -> str:
-        """Wait until one more beat was answered; return its session."""
+        """Wait until another heartbeat was answered; return its session."""
         return self.answered.get(timeout=PATIENCE_S)
 
 
@@ -93,7 +93,7 @@ class FakeLink:
 
 
 class HandTurned:
-    """A manager whose heartbeat thread is the test: it moves the clock and takes the turns."""
+    """A manager whose heartbeat thread is the test, which moves the clock and iterates."""
 
     def __init__(self, **how: Any) -> None:
         self.clock = ManualClock()
@@ -106,14 +106,14 @@ class HandTurned:
         self.take_over()
 
     def take_over(self) -> None:
-        """Be the heartbeat thread, so that none is started."""
+        """Act as the heartbeat thread, so that none is started."""
         self.heartbeat._thread = threading.current_thread()
 
     def start(self, base_url: str = "http://a.test", **settings: Any) -> str:
         return self.manager.start_session(Config(base_url, **settings))
 
     def iterate(self, advance_s: float = 0.0) -> bool:
-        """Let time pass, then do one iteration of the heartbeat thread."""
+        """Advance the clock, then run one iteration of the heartbeat thread."""
         self.clock.advance(advance_s)
         while not self.heartbeat.inbox.empty():
             self.heartbeat.inbox.get()
@@ -126,7 +126,7 @@ class HandTurned:
 
 
 class Oversleeping:
-    """An inbox in which waiting takes longer than it should."""
+    """An inbox whose waits take longer than requested."""
 
     def __init__(self, bench: HandTurned, by_s: float) -> None:
         self._bench = bench

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, watched from the side of the server."""
+"""Scripts in their own processes, observed from the server's side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Tuple
 
 import tinkex
 
-#: A script that takes longer hangs: they all take about a second, where nothing else runs.
+#: A script that takes longer counts as hanging: on an idle machine all take about a second.
 BOUND_S = 60.0
 
 PRELUDE = """\
@@ -50,7 +50,7 @@ class Ended:
     seconds: float
 
     def assert_silent(self) -> None:
-        """Nothing on stderr but perhaps one traceback."""
+        """Check that stderr is empty, or holds only one traceback."""
         for sign in ("Warning", "ignored", "Fatal", "During handling", "Error in", "unclosed"):
             assert sign not in self.err, self.err
         assert self.err.count("Traceback") <= 1, self.err
@@ -58,12 +58,12 @@ class Ended:
             assert self.err == ""
 
 
-#: The scripts that were not waited for.
+#: The scripts that have not been waited for.
 running: List[Script] = []
 
 
 class Script:
-    """A running script; *server_url* is what it connects to."""
+    """A running script that connects to *server_url*."""
 
     def __init__(self, folder: Path, body: str, server_url: str, **environment: str) -> None:
         self.path = folder / "script.py"
@@ -77,7 +77,7 @@ class Script:
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, str(self.path)],
-            stdin=subprocess.PIPE,  # closed by wait
+            stdin=subprocess.PIPE,  # closed by `wait`
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environ,
@@ -91,7 +91,7 @@ class Script:
         self._process.send_signal(number)
 
     def kill(self) -> Tuple[str, str]:
-        """End it by force, and its children, which hold the pipes too; return what it wrote."""
+        """Kill the script and its children, which also hold the pipes; return its output."""
         running.remove(self)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ class Script:
 
 
 def line_of(script: Script, text: str) -> int:
-    """The line of the script that holds *text*."""
+    """Return the number of the script's line that contains *text*."""
     lines: List[str] = script.path.read_text().splitlines()
     (found,) = [number for number, line in enumerate(lines, 1) if re.search(text, line)]
     return found

@@ -1,7 +1,6 @@
-"""Commands and examples end their session, however they end themselves.
+"""Commands and examples end their session, in whichever way they end.
 
-That they do their work, and leave no live session on the embedded server, is tested in
-tests/examples.
+tests/examples tests their work, and that they leave no live session on the embedded server.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from support.session_server import CREATE, SessionServer
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
 
-#: Command line -> the route it asks, and an answer to its liking.
+#: Command line -> the route that it requests, and a valid answer.
 RUN: Dict[str, Any] = {"training_run_id": "r", "base_model": "m", "model_owner": "me"}
 RUN.update(is_lora=True, last_request_time="2026-01-01T00:00:00Z")
 COMMANDS = {
@@ -34,12 +33,12 @@ COMMANDS = {
 }
 
 
-#: The commands that work in a session; the others look things up, and open none.
+#: The commands that use a session; the others only read, and open none.
 IN_A_SESSION = {"sample hello"}
 
 
 def assert_session(line: str, server: SessionServer, reason: str) -> None:
-    """A command in a session has ended it once, for *reason*; another has opened none."""
+    """Check that a command's session has ended once, for *reason*, or that it opened none."""
     expected = [reason] if line in IN_A_SESSION else []
     assert server.created == len(expected)
     if expected:
@@ -95,9 +94,9 @@ def test_ctrl_c_ends_the_session_of_a_command(
     assert ended.seconds < 30
 
 
-#: What opens a client in an example; `connect` is the example's own function.
+#: The calls that open a client in an example; `connect` is the example's own function.
 OPENERS = {"connect", "tinkex.ServiceClient", "tinkex.ServiceClient.local"}
-#: Clients of the examples about several servers.
+#: The clients in the examples about several servers.
 SEVERAL = {"move_run.py": 2, "two_services.py": 2}
 
 
@@ -125,7 +124,7 @@ def run_probe(server_url: str, folder: Path) -> Any:
     return Script(folder, body, "", **environment).wait()
 
 
-def test_the_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path) -> None:
+def test_the_heartbeat_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path) -> None:
     pytest.importorskip("flask")
     ended = run_probe("", tmp_path)
     assert (ended.code, ended.err) == (0, "")
@@ -136,7 +135,7 @@ def test_the_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path) -> No
     ]
 
 
-def test_the_probe_of_a_given_server_ends_its_session(
+def test_the_heartbeat_probe_of_a_given_server_ends_its_session(
     server: SessionServer, tmp_path: Path
 ) -> None:
     ended = run_probe(server.url, tmp_path)
@@ -145,7 +144,9 @@ def test_the_probe_of_a_given_server_ends_its_session(
     assert server.reasons() == ["success"]
 
 
-def test_the_probe_fails_where_the_path_is_wrong(server: SessionServer, tmp_path: Path) -> None:
+def test_the_heartbeat_probe_fails_if_the_path_is_wrong(
+    server: SessionServer, tmp_path: Path
+) -> None:
     server.on("POST /api/v1/session_heartbeat", Answer(404))
     server.on("POST /api/v1/heartbeat", Answer())
     ended = run_probe(server.url, tmp_path)
@@ -155,7 +156,7 @@ def test_the_probe_fails_where_the_path_is_wrong(server: SessionServer, tmp_path
 
 
 @pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
-def test_the_documents_describe_heartbeats_and_teardown(document: str) -> None:
+def test_the_documentation_describes_heartbeats_and_teardown(document: str) -> None:
     text = (EXAMPLES[0].parents[1] / document).read_text(encoding="utf-8").lower()
     assert "heartbeat" in text
     assert "session" in text

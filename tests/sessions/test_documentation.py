@@ -1,4 +1,4 @@
-"""docs/sessions.md quotes the log lines, all of them and exactly."""
+"""docs/sessions.md quotes every log line about sessions exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Those of _sessions/ that deal with sessions and heartbeats.
+#: The modules of _sessions/ about sessions and heartbeats.
 MODULES = (
     "session.py",
     "runtime.py",
@@ -23,7 +23,7 @@ LEVELS = {"info", "warning", "error", "log"}
 
 
 def log_formats() -> Iterator[str]:
-    """The format of every message that a user may see."""
+    """Return the format of every message that a user may see."""
     for path in (ROOT / "tinkex" / "_sessions" / name for name in MODULES):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -55,7 +55,7 @@ def test_every_log_line_is_explained_and_every_quoted_line_exists() -> None:
         assert any(re.fullmatch(pattern, line) for pattern in patterns), f"no such line: {line}"
 
 
-def test_the_settings_on_the_page_have_the_defaults_it_names() -> None:
+def test_the_page_gives_the_right_defaults_of_settings() -> None:
     from tinkex.config import Config
 
     page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Forks and other processes: a session has one process that ends it."""
+"""Forks and other processes: exactly one process ends a session."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def join(pid):
 
 
 def run(server: SessionServer, folder: Path, body: str, **environment: str) -> str:
-    """Run a script that must succeed in silence; return what it printed."""
+    """Run a script that must succeed silently; return its output."""
     server.serve_work()
     ended = Script(folder, FORK + body, server.url, **environment).wait()
     assert ended.err == ""
@@ -43,7 +43,7 @@ def run(server: SessionServer, folder: Path, body: str, **environment: str) -> s
     return ended.out
 
 
-def test_a_forked_child_cannot_use_its_parents_client(
+def test_a_forked_child_cannot_use_the_client_of_its_parent(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -91,7 +91,7 @@ service.close()
     server.assert_ended_once()
 
 
-def test_a_forked_child_neither_beats_nor_ends_the_session(
+def test_a_forked_child_neither_sends_heartbeats_nor_ends_the_session(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -119,7 +119,7 @@ def test_a_child_that_exits_first_leaves_the_parents_session_alone(
         server.wait_for(BEAT, len(server.requests(BEAT)) + 1)
         return Answer(body={"supported_models": []})
 
-    # The interval is also how long a heartbeat may take, before its connection is given up.
+    # The interval is also the timeout of a heartbeat, after which its connection is given up.
     body = """
 with connect(heartbeat_interval_s=1.0) as service:
     sampler = service.create_sampling_client(base_model="m")
@@ -139,12 +139,12 @@ with connect(heartbeat_interval_s=1.0) as service:
     assert (ended.code, ended.out, ended.err) == (0, "[7] 0\n", "")
     assert server.reasons() == ["success"]
     server.assert_ended_once()
-    # The child must not have broken the parent's connections off.
+    # The child must not have broken the parent's connections.
     for route in (BEAT, POLL, "POST /api/v1/create_sampling_session"):
         assert len({r.connection for r in server.requests(route)}) == 1, route
 
 
-def test_a_child_creates_its_own_client(server: SessionServer, tmp_path: Path) -> None:
+def test_a_child_can_create_its_own_client(server: SessionServer, tmp_path: Path) -> None:
     body = """
 service = connect()
 
@@ -164,7 +164,7 @@ with service:
         server.assert_ended_once(session_id)
 
 
-def test_a_childs_own_client_left_open_is_ended_at_its_exit(
+def test_the_session_of_a_child_that_leaves_its_client_open_ends_at_its_exit(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -184,7 +184,7 @@ service.close("errored")
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_client_left_open_in_a_child_of_multiprocessing_is_ended(
+def test_the_session_of_a_multiprocessing_child_that_leaves_its_client_open_ends(
     server: SessionServer, tmp_path: Path, method: str, fails: bool
 ) -> None:
     body = f"""
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     server.assert_ended_once("s1")
 
 
-def test_forks_in_the_middle_of_work(server: SessionServer, tmp_path: Path) -> None:
+def test_forks_while_work_is_in_flight(server: SessionServer, tmp_path: Path) -> None:
     body = """
 stop = threading.Event()
 with connect() as service, connect() as other:
@@ -247,7 +247,7 @@ print("fine")
         server.assert_ended_once(f"s{number}")
 
 
-def test_a_child_does_not_take_the_embedded_server_down(tmp_path: Path) -> None:
+def test_a_child_does_not_stop_the_embedded_server(tmp_path: Path) -> None:
     pytest.importorskip("flask")
     body = """
 with ServiceClient.local("deterministic") as service:
@@ -306,8 +306,8 @@ if __name__ == "__main__":
     child = "tml-parent" if "key" in form else "tml-child"
     assert keys == [child] * 6 + ["tml-parent"]
     numbers = [r.json()["seq_id"] for r in server.requests("POST /api/v1/asample")]
-    assert len(set(numbers)) == 7  # clones count in blocks of their own
-    assert server.reasons() == ["success"]  # by the process that opened it
+    assert len(set(numbers)) == 7  # clones number their samples in separate blocks
+    assert server.reasons() == ["success"]  # from the process that opened it
     server.assert_ended_once()
 
 
@@ -330,10 +330,8 @@ except errors.ClientClosedError:
     assert server.reasons() == ["success"]
 
 
-def test_clones_that_come_and_go_keep_the_session_alive(
-    server: SessionServer, tmp_path: Path
-) -> None:
-    """Each task of a pool unpickles a client of its own and drops it."""
+def test_short_lived_clones_keep_the_session_alive(server: SessionServer, tmp_path: Path) -> None:
+    """Each task of a pool unpickles its own client and drops it."""
     body = """
 from tinkex import SamplingClient
 with connect(api_key="k") as service:

@@ -20,7 +20,7 @@ def table_with(policy: HeartbeatPolicy = TEN, *session_ids: str) -> SessionTable
 
 
 def beat(table: SessionTable, now: float, status: Optional[int]) -> Verdict:
-    """Send the beat that is due at *now* with an immediate response."""
+    """Send the heartbeat that is due at *now*, with an immediate response."""
     assert table.take_due(now) == ["a"]
     verdict = table.record("a", status=status, error=None if status else "no answer", now=now)
     assert verdict is not None
@@ -58,20 +58,20 @@ def test_missed_beats_are_sent_as_one_and_the_phase_is_kept() -> None:
 def test_a_session_has_one_beat_in_flight() -> None:
     table = table_with()
     assert table.take_due(5) == ["a"]
-    assert table.take_due(15) == []  # that of 5 is still under way
-    assert table.next_due() == 25  # re-armed all the same
+    assert table.take_due(15) == []  # the beat of 5 is still in flight
+    assert table.next_due() == 25  # the next one is scheduled nevertheless
     table.record("a", status=200, error=None, now=16)
     assert table.take_due(25) == ["a"]
 
 
-def test_it_is_armed_again_before_the_beat_is_sent() -> None:
+def test_the_next_beat_is_scheduled_before_the_current_one_is_sent() -> None:
     table = table_with()
     table.take_due(5)
     assert table.next_due() == 15
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_session_that_is_gone_is_forgotten_immediately(status: int) -> None:
+def test_a_session_that_the_server_does_not_know_is_forgotten_immediately(status: int) -> None:
     table = table_with()
     assert beat(table, 5, 200).kind == "fine"
     verdict = beat(table, 15, status)
@@ -112,7 +112,7 @@ def test_one_stray_user_error_does_not_end_a_session(then: Optional[int]) -> Non
 
 
 @pytest.mark.parametrize("status", [None, 302, 408, 429, 500, 502, 503, 504])
-def test_anything_else_keeps_the_session(status: Optional[int]) -> None:
+def test_other_responses_keep_the_session(status: Optional[int]) -> None:
     table = table_with()
     verdict = beat(table, 5, status)
     assert (verdict.kind, verdict.removed) == ("failing", False)
@@ -120,7 +120,7 @@ def test_anything_else_keeps_the_session(status: Optional[int]) -> None:
     assert table.snapshots()[0].state == "failing"
 
 
-def test_one_warning_after_the_silence_then_one_a_minute_then_recovery() -> None:
+def test_silence_gives_one_warning_then_one_a_minute_then_the_recovery() -> None:
     table = table_with(HeartbeatPolicy(interval_s=10, warn_after_s=120))
     kinds = {now: beat(table, now, 503).kind for now in range(5, 305, 10)}
     assert [now for now, kind in kinds.items() if kind == "warn"] == [125, 185, 245]
@@ -144,7 +144,7 @@ def test_limits_are_off_by_default() -> None:
 def test_a_number_of_consecutive_failures_can_be_the_limit() -> None:
     table = table_with(HeartbeatPolicy(interval_s=10, max_failures=3))
     assert [beat(table, now, 500).kind for now in (5, 15)] == ["failing", "failing"]
-    assert beat(table, 25, 200).kind == "fine"  # which starts the count anew
+    assert beat(table, 25, 200).kind == "fine"  # which restarts the count
     kinds = [beat(table, now, 500).kind for now in (35, 45, 55)]
     assert kinds == ["failing", "failing", "limit"]
     assert table.snapshots() == []
@@ -164,20 +164,20 @@ def test_a_response_for_a_stopped_session_is_ignored() -> None:
     table.remove("a")
     assert table.record("a", status=200, error=None, now=6) is None
     assert table.snapshots() == []
-    table.remove("a")  # again: stopping is idempotent
+    table.remove("a")  # stopping twice is harmless
     assert table.snapshots() == []
 
 
 def test_after_a_sleep_every_session_is_due() -> None:
     table = table_with(TEN, "a", "b", "c")
-    table.take_due(5)  # all under way when the machine slept
+    table.take_due(5)  # all were in flight when the machine slept
     table.record("a", status=200, error=None, now=5)
     table.beat_all_at(now=7)
-    assert table.take_due(7) == ["a"]  # the others are on their way already
+    assert table.take_due(7) == ["a"]  # the others are already in flight
     assert table.next_due() == 17
 
 
-def test_a_snapshot_has_what_is_known() -> None:
+def test_a_snapshot_has_the_known_facts() -> None:
     table = table_with()
     beat(table, 5, 200)
     table.take_due(15)
@@ -190,7 +190,7 @@ def test_a_snapshot_has_what_is_known() -> None:
 
 
 def sent(queue: BeatQueue, now: float = 0.0) -> List[str]:
-    """Take what may be sent now."""
+    """Take the beats that may be sent now."""
     taken: List[str] = []
     while True:
         item = queue.take(now)
@@ -214,7 +214,7 @@ def test_a_single_host_may_use_all_workers() -> None:
     assert len(sent(queue)) == 8
 
 
-def test_a_host_that_did_not_respond_gets_one_worker() -> None:
+def test_an_unresponsive_host_gets_one_worker() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     sent(queue, 0.0)
@@ -226,7 +226,7 @@ def test_a_host_that_did_not_respond_gets_one_worker() -> None:
     assert len(sent(queue, 2.0)) == 4
 
 
-def test_hosts_that_do_not_respond_get_half_of_the_workers_together() -> None:
+def test_unresponsive_hosts_together_get_half_of_the_workers() -> None:
     queue = BeatQueue(8)
     hosts = [f"dead{number}" for number in range(9)]
     for host in hosts:
@@ -238,7 +238,7 @@ def test_hosts_that_do_not_respond_get_half_of_the_workers_together() -> None:
     taken = sent(queue, 1.0)
     assert "alive" in taken
     assert len(taken) == 5
-    queue.done(taken[0], 1.0, 1.9, responded=False)  # and the next of them has its turn
+    queue.done(taken[0], 1.0, 1.9, responded=False)  # then the next hanging host gets its turn
     assert len(sent(queue, 2.0)) == 1
 
 
@@ -288,9 +288,9 @@ def test_a_forgotten_host_leaves_nothing_behind() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     queue.take(0.0)
-    queue.forget("a")  # not while its beat is under way ...
+    queue.forget("a")  # no effect while its beat is in flight ...
     queue.done("a", 0.0, 0.9, responded=False)
-    queue.forget("a")  # ... but then
+    queue.forget("a")  # ... but afterwards
     queue.put("a", "a1")
     queue.put("a", "a2")
     assert sent(queue) == ["a1", "a2"]  # it starts with a clean slate

@@ -1,4 +1,4 @@
-"""How processes end: what the server saw, exit code, stderr, seconds."""
+"""How processes end: the server's view, exit code, stderr, duration."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ UNCLOSED = "the process ended without closing the client"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A script, a signal for it, and what must come of it.
+    """A script, a signal for it, and the expected outcome.
 
     Attributes:
         body: the script; ``connect()`` opens a client.
         code: exit code.
         reasons: the reasons that the server got for the session's end, one per request.
         detail: of the first of them.
-        error: the last line on stderr; None for an empty stderr.
-        signal, at: sent when the server was asked for this route.
-        hold: this route is never answered, while the script runs.
-        within_s: from the signal (or the start) to the end.
+        error: the last line on stderr; None if stderr must be empty.
+        signal, at: the signal is sent when the server gets a request for the route *at*.
+        hold: a route that is not answered while the script runs.
+        within_s: the limit from the signal (or the start) to the end.
     """
 
     name: str
@@ -219,7 +219,7 @@ def run(case: Case, server: SessionServer, folder: Path) -> Ended:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
-def test_a_process_ends_its_session_however_it_ends(
+def test_a_process_ends_its_session_in_whichever_way_it_ends(
     case: Case, server: SessionServer, tmp_path: Path
 ) -> None:
     ended = run(case, server, tmp_path)
@@ -237,7 +237,7 @@ def test_a_process_ends_its_session_however_it_ends(
     assert ended.seconds < case.within_s
 
 
-def test_every_client_left_open_is_ended(server: SessionServer, tmp_path: Path) -> None:
+def test_the_session_of_every_client_left_open_ends(server: SessionServer, tmp_path: Path) -> None:
     ended = Script(tmp_path, "services = [connect() for _ in range(30)]", server.url).wait()
     assert (ended.code, ended.err) == (0, "")
     for number in range(30):
@@ -261,7 +261,7 @@ def test_the_warning_about_a_dropped_client_names_the_line_that_created_it(
     """
     server.serve_work()
     script = Script(tmp_path, body, server.url)
-    server.wait_for(finish_route("s0"))  # while the process goes on: wait() closes stdin
+    server.wait_for(finish_route("s0"))  # while the process is still running: wait() closes stdin
     ended = script.wait()
     assert ended.out == "still [7]\n"  # a child keeps its session
     assert "ResourceWarning: unclosed ServiceClient of session s0" in ended.err
@@ -317,7 +317,7 @@ def test_ctrl_c_returns_immediately_and_the_client_stays_usable(
     script.send(signal.SIGINT)
     server.wait_for(
         POLL, 2
-    )  # the second sample: result() has returned, though nothing was answered
+    )  # the second sample: result() has returned although no poll was answered
     hold.set()
     ended = script.wait()
     assert (ended.code, ended.err) == (0, "")

@@ -42,7 +42,7 @@ LOAD = "POST /api/v1/load_weights"
 
 @pytest.fixture
 def hold(server: SessionServer) -> Iterator[threading.Event]:
-    """Hold the results of the server's work until it is set."""
+    """An event; the results of the server's work are held until it is set."""
     event = threading.Event()
     server.serve_work(event)
     yield event
@@ -69,7 +69,7 @@ def test_a_lost_session_does_not_fail_work_by_itself(
     assert sampler.sample(PROMPT).result(PATIENCE_S).sequences[0].tokens == [7]  # the server
 
 
-def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
+def test_failed_work_names_the_lost_session_and_how_to_resume(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -97,7 +97,7 @@ def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
     assert isinstance(error.__cause__, errors.APIStatusError)
 
 
-def test_without_a_checkpoint_the_error_says_that(server: SessionServer, connect: Connect) -> None:
+def test_without_a_checkpoint_the_error_says_so(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     service = connect()
     sampler = service.create_sampling_client(base_model="m")
@@ -109,7 +109,7 @@ def test_without_a_checkpoint_the_error_says_that(server: SessionServer, connect
         sampler.sample(PROMPT).result(PATIENCE_S)
 
 
-def test_a_sampler_of_another_process_needs_a_new_one_from_there(
+def test_a_lost_session_of_another_process_needs_a_new_sampler_from_there(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -127,13 +127,13 @@ def test_a_sampler_of_another_process_needs_a_new_one_from_there(
         sampler._runtime.close()
 
 
-def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
+def test_if_work_fails_before_the_next_heartbeat_the_server_is_asked_about_the_session(
     server: SessionServer,
 ) -> None:
     server.serve_work()
     with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
         sampler = service.create_sampling_client(base_model="m")
-        server.on(BEAT, Answer(404))  # it was started anew
+        server.on(BEAT, Answer(404))  # the server was restarted
         server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
         for _ in range(2):
             with pytest.raises(SessionLostError, match="no such sampler"):
@@ -141,7 +141,7 @@ def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
         assert len(server.beats()) == 1
 
 
-def test_a_session_that_is_lost_just_after_it_was_found_alive_is_reported(
+def test_a_session_lost_just_after_it_was_found_alive_is_reported(
     server: SessionServer,
 ) -> None:
     server.serve_work()
@@ -156,7 +156,7 @@ def test_a_session_that_is_lost_just_after_it_was_found_alive_is_reported(
         assert len(server.beats()) == 2
 
 
-def test_a_question_that_a_gateway_responds_to_is_asked_again(
+def test_if_a_gateway_responds_the_session_is_checked_again(
     server: SessionServer, short_backoff: None
 ) -> None:
     server.serve_work()
@@ -170,7 +170,7 @@ def test_a_question_that_a_gateway_responds_to_is_asked_again(
 
 
 @pytest.mark.parametrize("obstacle", ["a 402", "a back-off", "requests after a back-off"])
-def test_failed_work_asks_without_a_wait(server: SessionServer, obstacle: str) -> None:
+def test_failed_work_checks_the_session_without_delay(server: SessionServer, obstacle: str) -> None:
     with ServiceClient(base_url=server.url, heartbeat_interval_s=600, on_billing="wait") as service:
         limiter = state_of(service.config).limiter
         if obstacle == "a 402":
@@ -188,7 +188,7 @@ def test_failed_work_asks_without_a_wait(server: SessionServer, obstacle: str) -
         assert len(server.beats()) == (0 if obstacle == "a back-off" else 1)
 
 
-def test_many_failures_of_a_live_session_share_questions(
+def test_many_failures_in_a_live_session_share_one_check(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "ALIVE_FOR_S", PATIENCE_S)
@@ -204,7 +204,7 @@ def test_many_failures_of_a_live_session_share_questions(
         assert isinstance(lived.explain(error), SessionLostError)
 
 
-def test_a_server_that_does_not_respond_is_asked_once_in_a_while(
+def test_an_unresponsive_server_is_asked_only_now_and_then(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "ASK_TIMEOUT_S", 0.1)
@@ -308,12 +308,12 @@ def test_a_failed_construction_leaves_nothing_behind(
     assert [str(w.message) for w in recwarn.list] == []
 
 
-def test_a_server_that_is_not_there_is_named(unused_port: int) -> None:
+def test_the_error_about_an_absent_server_names_it(unused_port: int) -> None:
     with pytest.raises(APIConnectionError, match=rf"127\.0\.0\.1:{unused_port}.*refused"):
         ServiceClient(base_url=f"http://127.0.0.1:{unused_port}", startup_timeout_s=0.1)
 
 
-def test_a_failure_after_the_session_exists_ends_it(
+def test_a_failure_after_the_session_was_created_ends_it(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poller(*args: Any) -> Any:
@@ -397,7 +397,7 @@ def test_server_capabilities(server: SessionServer, connect: Connect) -> None:
 def test_arguments_are_checked_before_any_request(
     server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TINKER_API_KEY", raising=False)  # with a key, the flags are asked for first
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)  # a key would request flags first
     service = connect()
     calls: List[Callable[[], Any]] = [
         lambda: service.create_lora_training_client(""),
@@ -431,7 +431,7 @@ def test_a_checkpoint_may_be_sampled_with_the_name_of_its_base_model(
     assert request.json()["base_model"] == "m"
 
 
-def test_a_checkpoint_must_live_for_a_while(server: SessionServer, connect: Connect) -> None:
+def test_the_ttl_of_a_checkpoint_has_a_minimum(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     trainer = connect().create_lora_training_client("m")
     with pytest.raises(InvalidInputError, match="ttl"):
@@ -522,7 +522,7 @@ def test_a_client_whose_loading_fails_is_closed(
     assert closed == ["s0:train:0"]
 
 
-def test_no_child_is_lost_when_its_creation_is_cut_off(
+def test_no_child_is_lost_when_its_creation_is_interrupted(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -531,7 +531,7 @@ def test_no_child_is_lost_when_its_creation_is_cut_off(
     service.close()
     with pytest.raises(ClientClosedError):
         future.result(PATIENCE_S)
-    assert server.reasons() == ["success"]  # which frees what was created
+    assert server.reasons() == ["success"]  # which frees the created objects
 
 
 # 21: close
@@ -626,7 +626,7 @@ class Boom(Exception):
         (SystemExit, "interrupted", "SystemExit"),
     ],
 )
-def test_a_with_block_reports_how_it_ended(
+def test_a_with_block_reports_its_outcome(
     server: SessionServer, connect: Connect, error: Any, reason: str, detail: Any
 ) -> None:
     def work() -> None:
@@ -643,7 +643,7 @@ def test_a_with_block_reports_how_it_ended(
     assert server.details() == [detail]
 
 
-def test_a_close_that_was_interrupted_can_be_finished(
+def test_an_interrupted_close_can_be_finished(
     server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = connect()
@@ -676,13 +676,13 @@ def test_closing_from_a_callback_of_the_client_itself(
 
     sampler.sample(PROMPT).add_done_callback(close_too)
     server.wait_for(POLL)
-    with promptly():  # neither waits for the other
+    with promptly():  # neither call waits for the other
         service.close(timeout_s=PATIENCE_S)
         assert called.wait(PATIENCE_S)
     assert server.reasons() == ["success"]
 
 
-# 22, the part that needs no process of its own
+# 22, the part that needs no separate process
 
 
 def test_a_forgotten_client_is_collected_and_warned_about(server: SessionServer) -> None:
@@ -707,7 +707,7 @@ def test_a_forgotten_client_is_collected_and_warned_about(server: SessionServer)
     server.assert_ended_once()
 
 
-def test_a_client_that_is_dropped_ends_without_the_garbage_collector(
+def test_a_dropped_client_ends_without_the_garbage_collector(
     server: SessionServer,
 ) -> None:
     server.serve_work()
@@ -721,7 +721,7 @@ def test_a_client_that_is_dropped_ends_without_the_garbage_collector(
         gc.disable()
         try:
             del service, sampler
-            # A thread may still be settling the last future.
+            # A thread may still be busy settling the last future.
             wait_until(lambda: gone() is None, "nothing refers to it")
         finally:
             gc.enable()

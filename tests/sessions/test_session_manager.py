@@ -129,7 +129,7 @@ def test_many_threads_start_and_stop_sessions_of_different_servers() -> None:
     assert len(network.finished) == len({session for session, _, _ in network.finished}) == 60
 
 
-def test_an_id_that_lives_already_is_refused_and_the_first_goes_on() -> None:
+def test_an_id_in_use_is_refused_and_the_first_session_continues() -> None:
     with managed() as (manager, network):
         network.on_create = lambda _: CreateSessionResponse("same")
         manager.start_session(A)
@@ -269,7 +269,7 @@ def test_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
             manager.start_session(A)
 
 
-def test_a_creation_whose_caller_gave_up_is_not_begun(
+def test_a_queued_creation_whose_caller_gave_up_is_not_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
@@ -304,7 +304,7 @@ def test_nothing_is_retried_for_a_caller_that_gave_up(server: SessionServer) -> 
     link.abort()
 
 
-# 4: one thread; the form of a beat
+# 4: one thread; the form of a heartbeat
 
 
 def test_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
@@ -325,7 +325,7 @@ def test_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
         assert not heartbeat_threads()
 
 
-def test_a_thread_that_was_interrupted_before_its_start_is_replaced(
+def test_a_thread_whose_start_was_interrupted_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Unstartable(threading.Thread):
@@ -357,7 +357,7 @@ def test_a_heartbeat_is_one_request_of_the_exact_form(
             lambda: manager.snapshot()[0].consecutive_failures >= 3, "three beats have failed"
         )
         failures = manager.snapshot()[0].consecutive_failures
-        assert len(server.beats()) - failures in (0, 1)  # one may be under way
+        assert len(server.beats()) - failures in (0, 1)  # one may be in flight
         manager.stop_session(session_id)
     request = server.beats()[0]
     assert (request.method, request.path) == ("POST", "/api/v1/session_heartbeat")
@@ -365,7 +365,7 @@ def test_a_heartbeat_is_one_request_of_the_exact_form(
 
 
 @pytest.mark.parametrize(("interval_s", "timeout_s"), [(10, 10), (60, 10), (2, 2)])
-def test_a_heartbeat_may_take_ten_seconds_and_no_longer_than_the_interval(
+def test_a_heartbeat_may_take_ten_seconds_but_no_longer_than_the_interval(
     monkeypatch: pytest.MonkeyPatch, interval_s: float, timeout_s: float
 ) -> None:
     seen: List[Optional[float]] = []
@@ -381,7 +381,7 @@ def test_a_heartbeat_may_take_ten_seconds_and_no_longer_than_the_interval(
     assert seen == [timeout_s]
 
 
-def test_beats_have_connections_of_their_own(
+def test_heartbeats_have_their_own_connections(
     server: SessionServer, connect: Callable[..., Any]
 ) -> None:
     service = connect()
@@ -392,7 +392,7 @@ def test_beats_have_connections_of_their_own(
     assert mine.isdisjoint({r.connection for r in server.beats()})
 
 
-# 5: who beats when
+# 5: when each session sends heartbeats
 
 
 def test_each_session_has_its_own_interval(bench: HandTurned) -> None:
@@ -418,7 +418,7 @@ def test_a_hung_host_delays_no_other_host() -> None:
 
         network.on_beat = beat
         manager.start_session(A)
-        assert stuck.wait(PATIENCE_S)  # alone, so the heartbeat thread itself hangs in it
+        assert stuck.wait(PATIENCE_S)  # the only session: the heartbeat thread hangs
         manager.start_session(B)
         manager.start_session(B)
         for session_id in ("s1", "s2"):
@@ -426,7 +426,7 @@ def test_a_hung_host_delays_no_other_host() -> None:
         assert network.beats("s0") == 1
 
 
-def test_if_no_thread_can_take_over_the_old_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_thread_can_take_over_the_old_one_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     with managed() as (manager, network):
         stuck, release = threading.Event(), threading.Event()
 
@@ -454,7 +454,7 @@ def test_if_no_thread_can_take_over_the_old_one_goes_on(monkeypatch: pytest.Monk
         wait_until(lambda: network.beats("s0") >= before + 2, "further beats of the first")
 
 
-def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> None:
+def test_a_replaced_thread_takes_no_message_meant_for_its_successor() -> None:
     with managed() as (manager, network):
         stuck, release = threading.Event(), threading.Event()
 
@@ -477,8 +477,8 @@ def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> N
         assert manager._heartbeat._thread is second
 
 
-def test_an_id_that_moves_to_another_host_leaves_no_beat_in_flight(bench: HandTurned) -> None:
-    """Its beat was queued for the first host when it was stopped."""
+def test_an_id_that_moves_to_another_host_leaves_no_heartbeat_in_flight(bench: HandTurned) -> None:
+    """Its heartbeat was queued for the first host when the session was stopped."""
     bench.start("http://a.test", heartbeat_interval_s=10)
     registry = bench.registry
     for _ in range(2 * MAX_WORKERS):
@@ -510,7 +510,7 @@ def test_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
         assert all(t.daemon for t in workers)
 
 
-def test_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_workers_the_heartbeat_thread_sends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with managed() as (manager, network):
 
         def refuse(task: Any) -> None:
@@ -523,12 +523,12 @@ def test_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch
             wait_until(lambda s=session_id: network.beats(s) >= 2, f"beats of {session_id}")
 
 
-# 6, 7, 8: what an answer means
+# 6, 7, 8: the meaning of answers
 
 
 @pytest.mark.parametrize("status", [404, 410])
 @pytest.mark.parametrize(("quiet", "level"), [(False, "INFO"), (True, "DEBUG")])
-def test_a_session_that_is_gone_is_forgotten_without_a_warning(
+def test_an_ended_session_is_forgotten_without_a_warning(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int, quiet: bool, level: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -548,7 +548,7 @@ def test_a_session_that_is_gone_is_forgotten_without_a_warning(
     assert bench.network.links[0].aborted.is_set()
 
 
-def test_not_found_on_the_very_first_beat_gives_one_hint(
+def test_not_found_on_the_very_first_heartbeat_gives_one_hint(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.network.on_beat = answering({"s0": 404})
@@ -559,16 +559,14 @@ def test_not_found_on_the_very_first_beat_gives_one_hint(
     assert "is base_url right" in text
 
 
-def test_no_hint_where_the_path_is_right(
-    bench: HandTurned, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_hint_if_the_path_is_right(bench: HandTurned, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     bench.network.on_beat = answering({"s0": 410, "elsewhere": 404})
     bench.start()
-    bench.iterate()  # 410: the server knew the session
+    bench.iterate()  # 410: the server knows the session
     bench.take_over()
     bench.manager.adopt_session(Config("http://a.test"), "elsewhere")
-    bench.iterate()  # 404: the process that opened it has ended it
+    bench.iterate()  # 404: the process that opened the session has ended it
     assert len(messages(caplog)) == 2
     assert messages(caplog, logging.WARNING) == []
 
@@ -618,7 +616,7 @@ def test_transient_trouble_is_logged_at_debug_and_the_next_beat_is_sent(
     assert any("heartbeat of session s0" in m for m in messages(caplog, logging.DEBUG))
 
 
-def test_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_heartbeat_thread_survives_every_error(caplog: pytest.LogCaptureFixture) -> None:
     def on_removed(session_id: str, reason: str) -> None:
         raise SystemExit("a callback that wants out")
 
@@ -643,7 +641,7 @@ def test_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> Non
         assert heartbeat_threads()
 
 
-def test_a_log_handler_that_fails_costs_a_session_no_further_heartbeat(
+def test_a_failing_log_handler_costs_a_session_no_heartbeat(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(logging.Filter):
@@ -653,7 +651,7 @@ def test_a_log_handler_that_fails_costs_a_session_no_further_heartbeat(
     caplog.set_level(logging.INFO)
     bench.start(heartbeat_interval_s=10)
     bench.iterate()
-    bench.clock._wall += 3600  # which is logged
+    bench.clock._wall += 3600  # the jump of the clock is logged
     log, broken = logging.getLogger("tinkex._sessions.heartbeat"), Broken()
     log.addFilter(broken)
     try:
@@ -665,7 +663,7 @@ def test_a_log_handler_that_fails_costs_a_session_no_further_heartbeat(
     assert len(bench.network.sent) == 2
 
 
-def test_an_iteration_that_fails_does_not_end_the_thread(
+def test_a_failing_iteration_does_not_end_the_thread(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with managed() as (manager, network):
@@ -741,7 +739,7 @@ def test_without_limits_heartbeats_are_sent_forever(bench: HandTurned) -> None:
 # 11: the end
 
 
-def test_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> None:
+def test_a_stopped_session_is_removed_before_its_finish_is_sent(bench: HandTurned) -> None:
     def finish(session_id: str) -> int:
         assert bench.manager.snapshot() == []
         return 200
@@ -752,7 +750,7 @@ def test_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> None:
 
 
 @pytest.mark.parametrize("late", [200, 401, 404, 500])
-def test_a_beat_in_flight_neither_revives_nor_logs(
+def test_a_heartbeat_in_flight_neither_revives_a_stopped_session_nor_logs(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, late: int
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -773,7 +771,7 @@ def test_a_beat_in_flight_neither_revives_nor_logs(
     assert lost == []
 
 
-def test_a_beat_in_flight_does_not_affect_the_next_session_of_that_id(
+def test_a_heartbeat_in_flight_does_not_affect_the_next_session_with_that_id(
     bench: HandTurned,
 ) -> None:
     def beat(session_id: str) -> int:
@@ -789,7 +787,7 @@ def test_a_beat_in_flight_does_not_affect_the_next_session_of_that_id(
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_servers_without_that_route_are_asked_once(
+def test_servers_without_the_finish_route_are_asked_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -801,7 +799,7 @@ def test_servers_without_that_route_are_asked_once(
     assert messages(caplog, logging.DEBUG) == []
 
 
-def test_not_found_where_the_route_exists_is_about_that_session_only(
+def test_not_found_on_an_existing_finish_route_is_about_that_session_only(
     bench: HandTurned,
 ) -> None:
     bench.network.on_finish = answering({"s1": 404})
@@ -836,10 +834,10 @@ def test_after_a_suspend_heartbeats_go_out_immediately_on_fresh_connections(
         "the clock jumped by 3600 s (the machine slept?): sending heartbeats now"
     ]
     bench.iterate(1)
-    assert len(bench.network.sent) == 2  # once
+    assert len(bench.network.sent) == 2  # each only once
 
 
-def test_a_suspend_between_two_sessions_has_delayed_no_heartbeat(
+def test_a_suspend_between_two_sessions_is_not_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -869,7 +867,7 @@ def test_a_very_long_interval_is_waited_for_in_short_sleeps(
     assert messages(caplog) == []
 
 
-def test_a_thread_woken_much_too_late_warns_once(
+def test_a_thread_that_is_woken_much_too_late_warns_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.start(heartbeat_interval_s=10)
@@ -883,10 +881,10 @@ def test_a_thread_woken_much_too_late_warns_once(
     ]
     assert caplog.records[0].levelname == "WARNING"
     assert len(bench.network.sent) == 4
-    assert bench.network.links[0].dropped == 3  # the process may have been stopped all that time
+    assert bench.network.links[0].dropped == 3  # the process may have been suspended all that time
 
 
-def test_a_little_late_is_not_reported(bench: HandTurned, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_delay_is_not_reported(bench: HandTurned, caplog: pytest.LogCaptureFixture) -> None:
     bench.start()
     bench.heartbeat.inbox = Oversleeping(bench, LATE_S / 2)  # type: ignore[assignment] # a fake
     for _ in range(3):
@@ -894,7 +892,7 @@ def test_a_little_late_is_not_reported(bench: HandTurned, caplog: pytest.LogCapt
     assert messages(caplog) == []
 
 
-# 13: looking in
+# 13: observation
 
 
 def test_the_snapshot_has_every_fact_and_no_secret() -> None:
@@ -917,7 +915,7 @@ def test_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
     lost: List[Any] = []
 
     def on_removed(session_id: str, reason: str) -> None:
-        lost.append((session_id, reason, bench.manager.snapshot()))  # takes the lock
+        lost.append((session_id, reason, bench.manager.snapshot()))  # needs the lock
         bench.manager.stop_session(session_id)
 
     with hand_turned(on_removed=on_removed) as bench:
@@ -943,17 +941,17 @@ def test_lost_sessions_are_not_remembered_forever(
     assert known == [False, False, True, True]
 
 
-def test_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
+def test_the_manager_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
     bench.start()
     assert bench.iterate()
     assert bench.network.sent == ["s0"]
     assert bench.snapshot().last_success == bench.clock.monotonic()
 
 
-# Beyond the list: the manager's own end, and adopted sessions
+# Beyond the list: the end of the manager, and adopted sessions
 
 
-def test_closing_ends_every_session_in_parallel_and_a_hung_host_costs_one_wait() -> None:
+def test_closing_ends_all_sessions_in_parallel_and_a_hung_host_costs_one_wait() -> None:
     with managed() as (manager, network):
         configs = [
             Config(f"http://h{number}.test", heartbeat_interval_s=0.02) for number in range(10)
@@ -972,7 +970,7 @@ def test_closing_ends_every_session_in_parallel_and_a_hung_host_costs_one_wait()
         manager.close()
         ended = {session_id for session_id, _, _ in network.finished}
         assert len(ended - hung) == 27
-        assert 1 <= len(ended & hung) <= 2  # those in flight when it was found out
+        assert 1 <= len(ended & hung) <= 2  # the finishes in flight when the hang was noticed
         assert all(link.aborted.is_set() for link in network.links)
         manager.close()
         assert len(network.finished) == len(ended)
@@ -1004,7 +1002,7 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
 
 def test_close_does_not_cut_off_a_finish_that_waits_for_a_thread() -> None:
     with managed() as (manager, network):
-        owner = threading.Event()  # anything that can be collected
+        owner = threading.Event()  # any object that can be collected
         manager.start_session(A, owner=owner)
         busy, release = threading.Event(), threading.Event()
 
@@ -1023,7 +1021,7 @@ def test_close_does_not_cut_off_a_finish_that_waits_for_a_thread() -> None:
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
-def test_the_end_of_a_dropped_client_may_take_longer_than_one_that_is_waited_for() -> None:
+def test_ending_a_dropped_clients_session_may_take_longer_than_an_awaited_end() -> None:
     with managed() as (manager, network):
         owners = [threading.Event(), threading.Event()]
         for owner in owners:
@@ -1044,30 +1042,30 @@ def test_close_ends_the_thread_that_reports_the_end_of_a_dropped_client() -> Non
             return 200
 
         network.on_finish = hang
-        owner = threading.Event()  # anything that can be collected
+        owner = threading.Event()  # any object that can be collected
         manager.start_session(A, owner=owner)
         del owner
         assert asked.wait(PATIENCE_S)
         threads = list(manager._session_workers._state.threads)
         manager.close()
         for thread in threads:
-            thread.join(PATIENCE_S / 2)  # `hang` has failed by then, if nothing has aborted it
+            thread.join(PATIENCE_S / 2)  # by then `hang` has failed, unless it was aborted
         assert network.links[0].aborted.is_set()
         assert manager._registry.ending() == []
 
 
-def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
+def test_a_client_dropped_while_the_manager_closes_is_reported() -> None:
     with managed() as (manager, network):
-        owner = threading.Event()  # anything that can be collected
+        owner = threading.Event()  # any object that can be collected
         manager.start_session(A, owner=owner)
-        manager._session_workers.close()  # as close does, just before the owner is collected
+        manager._session_workers.close()  # as close does just before the owner is collected
         del owner
         wait_until(lambda: network.finished != [], "the session is finished")
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
 def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
-    """A process that exits in the middle of a post would cut it in two."""
+    """A process that exits in the middle of the request would truncate it."""
     with managed() as (manager, network):
         for _ in range(2):
             manager.start_session(Config("http://a.test", heartbeat_interval_s=3600))
@@ -1132,7 +1130,7 @@ def test_a_forgotten_manager_ends_its_sessions_and_its_thread() -> None:
     assert network.finished == [("s0", "success", "the session manager was dropped")]
 
 
-def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() -> None:
+def test_an_adopted_session_gets_heartbeats_for_its_last_owner_and_is_never_finished() -> None:
     class Owner:
         pass
 
@@ -1149,12 +1147,12 @@ def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() ->
         gc.collect()
         wait_until(lambda: manager.snapshot() == [], "nothing needs it")
         third = Owner()
-        manager.adopt_session(A, "theirs", owner=third)  # and once more
+        manager.adopt_session(A, "theirs", owner=third)  # adopted again
         manager.stop_session("theirs")
         assert network.finished == []
 
 
-def test_a_session_that_the_server_does_not_know_leaves_the_others_to_be_finished(
+def test_a_session_that_the_server_does_not_know_does_not_stop_the_finish_of_others(
     server: SessionServer, config: Config
 ) -> None:
     lost = Answer(404, {"detail": "session s0 is unknown; create one, or check the base URL"})
@@ -1167,7 +1165,7 @@ def test_a_session_that_the_server_does_not_know_leaves_the_others_to_be_finishe
     assert server.reasons(second) == ["success"]
 
 
-def test_finish_goes_to_the_path_of_the_session(server: SessionServer, config: Config) -> None:
+def test_finish_is_sent_to_the_path_of_the_session(server: SessionServer, config: Config) -> None:
     with SessionManager() as manager:
         manager.stop_session(manager.start_session(config), "errored", "disk full")
     (request,) = server.requests(finish_route("s0"))

@@ -23,7 +23,7 @@ from tinkex._sessions.process_status import read_processes
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the file is written, only when sessions come or go."""
+    """The folder of the status file, which is written only when sessions come or go."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(process_status, "INTERVAL_S", 3600.0)
     monkeypatch.setattr(process_status, "FIRST_S", 0.0)
@@ -72,7 +72,7 @@ def listed() -> List[str]:
     return [one.session_id for found in read_processes(time.time()) for one in found.sessions]
 
 
-def test_heartbeats_go_on_and_a_close_ends_while_writing_hangs(
+def test_heartbeats_and_close_are_not_delayed_while_writing_hangs(
     server: SessionServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk("write_text", monkeypatch)
@@ -91,7 +91,7 @@ def test_heartbeats_go_on_and_a_close_ends_while_writing_hangs(
     wait_until(lambda: list(folder.iterdir()) == [], "what was written late is removed")
 
 
-def test_a_close_ends_while_removing_hangs(
+def test_close_is_not_delayed_while_removing_hangs(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_manager() as manager, connect(server, manager):
@@ -147,7 +147,7 @@ def test_a_session_shorter_than_a_second_writes_nothing_and_starts_no_thread(
         assert status_threads() == ["tinkex-status-file"]
 
 
-def test_the_heartbeat_thread_wakes_for_the_first_writing(
+def test_the_heartbeat_thread_wakes_for_the_first_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(process_status, "FIRST_S", 1.0)

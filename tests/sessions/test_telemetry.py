@@ -1,4 +1,4 @@
-"""Telemetry: what is reported, what never is, and that nothing waits for it."""
+"""Telemetry: what is reported, what is never reported, and that nothing waits for it."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def sink(routes: TinkerRoutes) -> None:
 
 @pytest.fixture
 def reporting(server: ScriptedServer) -> Iterator[ServiceClient]:
-    """A client that reports."""
+    """A client with telemetry enabled."""
     with ServiceClient(base_url=server.url, api_key=KEY, telemetry=True) as client:
         yield client
 
 
 @pytest.fixture
 def sessions() -> Iterator[SessionManager]:
-    """A manager of its own, for a second client of a server that knows one session id."""
+    """A separate manager, for a second client of a server that has only one session id."""
     manager = SessionManager()
     yield manager
     manager.close()
@@ -86,13 +86,13 @@ def events(server: ScriptedServer) -> List[Dict[str, Any]]:
 
 
 def generic(server: ScriptedServer) -> Dict[str, Any]:
-    """The data of the generic events by their name."""
+    """Return the data of the generic events, by name."""
     return {
         e["event_name"]: e["event_data"] for e in events(server) if e["event"] == "GENERIC_EVENT"
     }
 
 
-# Off unless asked for
+# Off by default
 
 
 def test_nothing_is_reported_by_default(scripted: ServiceClient, server: ScriptedServer) -> None:
@@ -117,7 +117,7 @@ def test_nothing_is_reported_by_default(scripted: ServiceClient, server: Scripte
         (None, False),
     ],
 )
-def test_the_environment_switches_it_on(value: Optional[str], wanted: bool) -> None:
+def test_the_environment_can_switch_telemetry_on(value: Optional[str], wanted: bool) -> None:
     environ = {} if value is None else {"TINKER_TELEMETRY": value}
     url = "http://127.0.0.1:1"
     assert Config.resolve(environ=environ, base_url=url).telemetry is wanted
@@ -162,7 +162,7 @@ def test_telemetry_is_sent_after_the_session_is_finished(
     assert order.index("finish") < order.index("telemetry")
 
 
-def test_work_that_the_user_got_wrong_is_a_user_error(
+def test_a_mistake_of_the_user_is_reported_as_a_user_error(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     failed = Answer(body={"error": "31337 is no token", "category": "user"})
@@ -192,7 +192,7 @@ def test_work_that_the_user_got_wrong_is_a_user_error(
     assert not [e for e in events(server) if e["event"] == "UNHANDLED_EXCEPTION"]
 
 
-def test_what_is_not_the_users_fault_is_an_unhandled_exception(
+def test_other_failures_are_reported_as_unhandled_exceptions(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     routes.serve("retrieve_future", Answer(body={"error": "a GPU fell off"}))
@@ -208,7 +208,7 @@ def test_what_is_not_the_users_fault_is_an_unhandled_exception(
     assert generic(server)["APIFuture.result_async.application_error"]["is_user_error"] is False
 
 
-def test_creating_something_that_fails_is_reported_too(
+def test_a_failed_creation_is_reported_too(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     routes.serve("create_sampling_session", Answer(404, {"detail": "no such model"}))
@@ -224,7 +224,7 @@ def test_creating_something_that_fails_is_reported_too(
     }
 
 
-def test_a_failure_is_reported_once_though_others_wait_for_it(
+def test_a_failure_is_reported_once_although_several_threads_wait_for_it(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     routes.serve("retrieve_future", Answer(body={"error": "no GPU", "category": "server"}))
@@ -242,7 +242,7 @@ def test_a_failure_is_reported_once_though_others_wait_for_it(
     assert generic(server)[name]["request_id"] == caught.value.request_id
 
 
-def test_a_close_is_not_a_failure(
+def test_closing_is_not_reported_as_a_failure(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     routes.serve("retrieve_future", Answer(hold=threading.Event()))
@@ -253,7 +253,7 @@ def test_a_close_is_not_a_failure(
     assert [e["event"] for e in events(server)] == ["SESSION_START", "SESSION_END"]
 
 
-def test_programs_may_report_events_of_their_own(
+def test_programs_may_report_their_own_events(
     server: ScriptedServer, reporting: ServiceClient
 ) -> None:
     assert reporter(reporting).log("epoch_done", {"epoch": 3}, "DEBUG")
@@ -295,10 +295,10 @@ def test_a_client_without_a_session_reports_failures_only(
 # What is never reported
 
 
-def test_no_secret_and_nothing_of_the_users_leaves_the_process(
+def test_no_secret_and_no_user_data_leaves_the_process(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
-    # A server that echoes all it was sent, and a program that fails in its own ways.
+    # A server that echoes everything it was sent, and a program with failures of its own.
     def echo(received: Received) -> Answer:
         said = f"{received.headers.get('x-api-key')} {received.body.decode('latin-1')}"
         return Answer(422, {"detail": [{"input": said, "msg": f"/home/user/secret.txt: {said}"}]})
@@ -319,7 +319,7 @@ def test_no_secret_and_nothing_of_the_users_leaves_the_process(
         assert secret.encode() not in sent, secret
 
 
-def test_messages_end_where_someone_else_is_quoted() -> None:
+def test_messages_end_before_quoted_text() -> None:
     cut = NotFoundError("GET /api/v1/x returned 404: no /home/me/x", status=404)
     assert safe_message(cut) == "GET /api/v1/x returned 404"
     assert safe_message(APIConnectionError("cannot reach h:80 for POST /x: refused by me")) == (
@@ -329,7 +329,7 @@ def test_messages_end_where_someone_else_is_quoted() -> None:
         assert safe_message(other) == ""
 
 
-def test_paths_begin_with_their_package(tmp_path: Any) -> None:
+def test_paths_begin_with_the_package_name(tmp_path: Any) -> None:
     assert package_path(telemetry.__file__) == "tinkex/_sessions/telemetry.py"
     assert package_path("/home/me/venv/lib/python3.11/site-packages/requests/api.py") == (
         "requests/api.py"
@@ -372,7 +372,7 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
         (ValueError("x"), False),
     ],
 )
-def test_whose_fault_an_error_is(error: Exception, users: bool) -> None:
+def test_which_errors_are_the_users_fault(error: Exception, users: bool) -> None:
     assert is_user_error(error) is users
 
 
@@ -410,7 +410,7 @@ def test_an_endless_chain_of_causes_ends() -> None:
 # Nothing waits for it
 
 
-def test_events_go_in_batches_of_a_hundred(
+def test_events_are_sent_in_batches_of_a_hundred(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:
     release = threading.Event()
@@ -439,7 +439,7 @@ def test_events_are_sent_after_a_while_or_when_triggered(
     assert [e["event"] for e in events(server)] == ["SESSION_START", "GENERIC_EVENT", "SESSION_END"]
 
 
-def test_what_is_too_much_is_dropped_and_counted(
+def test_surplus_events_are_dropped_and_counted(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(telemetry, "MAX_WAITING", 5)
@@ -448,16 +448,16 @@ def test_what_is_too_much_is_dropped_and_counted(
     with ServiceClient(base_url=server.url, telemetry=True) as client:
         found = reporter(client)
         found.trigger_flush()
-        server.wait_for(ROUTE)  # its thread is busy now
+        server.wait_for(ROUTE)  # now its thread is busy
         assert [found.log("tick", {"n": n}) for n in range(8)] == [True] * 5 + [False] * 3
         assert found.dropped == 3
         release.set()
         wait_until(lambda: found.log("after"), "there is room again")
     kept = [e["event_data"] for e in events(server) if e["event"] == "GENERIC_EVENT"]
-    assert kept[:5] == [{"n": n} for n in range(5)]  # the new ones are dropped
+    assert kept[:5] == [{"n": n} for n in range(5)]  # new events are dropped, not old ones
 
 
-def test_a_server_that_hangs_delays_neither_errors_nor_close(
+def test_a_hanging_server_delays_neither_errors_nor_close(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex._sessions.runtime.TELEMETRY_S", 0.2)
@@ -469,12 +469,12 @@ def test_a_server_that_hangs_delays_neither_errors_nor_close(
     server.wait_for(ROUTE)
     with pytest.raises(RequestFailedError):
         client.create_sampling_client(base_model="base").sample(PROMPT).result(PATIENCE_S)
-    with promptly():  # it does not wait for the report
+    with promptly():  # close does not wait for the report
         client.close(timeout_s=PATIENCE_S)
-    assert reporter(client).dropped == 4  # start, two of the failure, end
+    assert reporter(client).dropped == 4  # the start, two for the failure, the end
 
 
-def test_a_server_without_the_route_is_left_alone_from_then_on(
+def test_a_server_without_the_route_gets_no_more_telemetry(
     server: ScriptedServer, routes: TinkerRoutes, sessions: SessionManager
 ) -> None:
     routes.serve("telemetry", Answer(405))
@@ -493,7 +493,7 @@ def test_a_server_without_the_route_is_left_alone_from_then_on(
 @pytest.mark.parametrize(
     "trouble", [Answer(503), Answer(401), Answer(drop=True), Answer(body=b"?")]
 )
-def test_trouble_costs_one_batch(
+def test_trouble_loses_one_batch_only(
     server: ScriptedServer, routes: TinkerRoutes, trouble: Answer, caplog: pytest.LogCaptureFixture
 ) -> None:
     routes.serve("telemetry", trouble, ACCEPTED)
@@ -507,7 +507,7 @@ def test_trouble_costs_one_batch(
     assert caplog.records == []
 
 
-def test_many_threads_report_at_once(server: ScriptedServer, reporting: ServiceClient) -> None:
+def test_many_threads_report_concurrently(server: ScriptedServer, reporting: ServiceClient) -> None:
     found = reporter(reporting)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: found.log("tick", {"n": n}), range(400)))
@@ -542,11 +542,11 @@ def test_without_a_thread_events_are_dropped(
     found.close(PATIENCE_S)
     assert [e.get("event_name") for e in events(server)] == ["y", None]
     assert not found.log("too late")
-    found.close(PATIENCE_S)  # again, to no effect
+    found.close(PATIENCE_S)  # a second time without effect
     assert len(server.requests(ROUTE)) == 1
 
 
-def test_a_client_that_is_dropped_takes_its_thread_with_it(server: ScriptedServer) -> None:
+def test_the_telemetry_thread_of_a_dropped_client_ends(server: ScriptedServer) -> None:
     clients = [ServiceClient(base_url=server.url, telemetry=True)]
     assert any(t.name == "tinkex-telemetry" for t in threading.enumerate())
 
@@ -561,7 +561,7 @@ def test_a_client_that_is_dropped_takes_its_thread_with_it(server: ScriptedServe
     )
 
 
-def test_a_bug_in_reporting_stays_there(
+def test_a_bug_in_reporting_does_not_affect_the_client(
     reporting: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(error: BaseException) -> bool:
@@ -576,7 +576,9 @@ def test_a_bug_in_reporting_stays_there(
 # Processes
 
 
-def test_a_program_that_just_ends_reports_its_end(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_program_that_ends_without_close_reports_its_end(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
     body = """
 service = connect(telemetry=True)
 service.get_telemetry().log("hello")
@@ -587,7 +589,7 @@ service.get_telemetry().log("hello")
     assert [e["event"] for e in events(server)] == ["SESSION_START", "GENERIC_EVENT", "SESSION_END"]
 
 
-def test_a_server_that_hangs_does_not_hold_up_the_exit(
+def test_a_hanging_server_does_not_delay_the_exit(
     server: ScriptedServer, routes: TinkerRoutes, tmp_path: Path
 ) -> None:
     routes.serve("telemetry", Answer(hold=threading.Event()))
@@ -604,7 +606,7 @@ service.get_server_capabilities()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
-def test_the_child_of_a_fork_reports_under_its_own_name_or_not_at_all(
+def test_the_child_of_a_fork_reports_as_its_own_process_or_not_at_all(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     body = """

@@ -1,4 +1,4 @@
-"""A poller whose server has the batch poller's flag, and reports what is done as a test sets it."""
+"""A poller for a server that wants batch polling, with completions that a test scripts."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BATCH = "POST /api/v1/retrieve_futures"
 CANCEL = "POST /api/v1/cancel_future"
 SAMPLER = SamplerId("sampler", 7)
 
-#: Of an answer that is held back for good.
+#: `hold` of an answer that is never sent.
 NEVER = threading.Event()
 
 
 def wants_batches(server: ScriptedServer) -> None:
-    """Have *server* say so; its results are their own request ids."""
+    """Have *server* set the flag for batch polling; every result is its own request id."""
     server.on(CONFIG, Answer(body={"sample_use_retrieve_futures": True}))
     server.on(POLL, lambda received: Answer(body={"path": received.json()["request_id"]}))
 
 
 def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
-    """A poller, shut afterwards; for a fixture, or a loop of one turn."""
+    """Yield a poller and shut it down afterwards; for a fixture, or a one-pass `for` loop."""
     with open_resources(server, **settings) as resources:
         made = Poller(resources)
         yield made
@@ -43,7 +43,7 @@ def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
 
 
 def shut(poller: Poller) -> None:
-    """As a session does it; no thread may stay."""
+    """Close *poller* as a session does; no thread may be left."""
     poller._transport.closing.set()
     poller.close(ClientClosedError("the client was closed"))
     poller._resources.abort()
@@ -52,7 +52,7 @@ def shut(poller: Poller) -> None:
 
 
 def done(*names: str, cursor: int, size: int = 10) -> Answer:
-    """The answer to a poll: these are done."""
+    """Answer a poll: the requests called *names* are done."""
     completions = [
         {"state": "finished", "request_id": name, "response_payload_uncompressed_size": size}
         for name in names
@@ -61,7 +61,7 @@ def done(*names: str, cursor: int, size: int = 10) -> Answer:
 
 
 def at_last(*answers: Any) -> Tuple[Any, ...]:
-    """*answers*, and then nothing new, to the one who waits as to the one who only reports."""
+    """Return *answers* and, as the last step, "nothing new", for long polls and reports alike."""
 
     def nothing(received: Received) -> Answer:
         body = received.json()
@@ -79,7 +79,7 @@ def sample(
     sampler: SamplerId = SAMPLER,
     sent: Optional[List[str]] = None,
 ) -> APIFuture[Any]:
-    """A sample, accepted under *name* once *before* is set; *sent* lists what was sent."""
+    """Submit a sample that is accepted as *name* once *before* is set; append *name* to *sent*."""
     future: APIFuture[Any] = poller.new_future("sample")
 
     def send(channel: Any) -> UntypedFuture:
@@ -99,5 +99,5 @@ def sample(
 
 
 def bodies(server: ScriptedServer, route: str) -> List[Dict[str, Any]]:
-    """What was sent to *route*, decoded."""
+    """Return the decoded bodies of all requests to *route*."""
     return [received.json() for received in server.requests(route)]

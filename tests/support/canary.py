@@ -1,7 +1,7 @@
-"""A plugin for ``TINKEX_CANARY=1 python -m pytest``: no test may show the key that it has.
+"""A plugin for ``TINKEX_CANARY=1 python -m pytest``: no test may leak its API key.
 
-Every client that is given no other key has CANARY, the processes that tests start included.  A test
-fails if the key is then in what it logs or prints, in an error of the library, or in a file of its
+Every client that is given no other key uses CANARY, also in the processes that tests start.  A test
+fails if the key then appears in its log, its output, an error of the library, or a file in its
 temporary folder.
 """
 
@@ -16,14 +16,14 @@ import pytest
 
 CANARY = "tml-canary-51d0b7c2e98f"
 
-#: Larger files are weights.
+#: Larger files hold weights, and are not searched.
 _MOST_BYTES = 1 << 22
 
 _leaks: List[str] = []
 
 
 def pytest_configure() -> None:
-    """Give every client the key, and watch errors as they are made."""
+    """Give every client the key, and check every error when it is created."""
     os.environ["TINKER_API_KEY"] = CANARY
     from tinkex.errors import TinkexError
 
@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Fail the teardown of a test that has shown the key."""
+    """Fail the teardown of a test that has leaked the key."""
     outcome = yield
     report: pytest.TestReport = outcome.get_result()
     if report.when != "teardown":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
 
-#: Added tokens of all the styles.  Phi's are special to the tokenizer, but have no name in it.
+#: Added tokens of all styles.  The tokenizer treats Phi's as special, but has no names for them.
 ADDED = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
@@ -20,7 +20,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-#: The same with marks, and with tool calls.
+#: The same with generation marks, and with tool calls.
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] or '' }}"
@@ -33,7 +33,7 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-#: Begins with a token, trims contents.
+#: Begins with a token, and strips white space from contents.
 LLAMA3 = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
@@ -53,7 +53,7 @@ GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-#: No text for generation; the system message goes into the last user message.
+#: No generation prompt; the system message goes into the last user message.
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
     "{% set messages = messages[1:] %}{% endif %}{{ '<s>' }}{% for message in messages %}"
@@ -65,7 +65,7 @@ MISTRAL = (
     "{{ ' ' + message['content'] + '</s>' }}{% endif %}{% endfor %}"
 )
 
-#: An end of sequence after the conversation.
+#: An end-of-sequence token after the conversation.
 PHI = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
@@ -84,7 +84,7 @@ COMMAND = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|START_RESPONSE|>' }}{% endif %}"
 )
 
-#: Leaves the reasoning out of all messages but those after the last of the user.
+#: Drops the reasoning from all messages but those after the last user message.
 QWEN3 = (
     "{% set ns = namespace(last=-1) %}{% for message in messages %}"
     "{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -101,7 +101,7 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-#: Generation begins with a tag that is left out of a message.
+#: The generation prompt begins with a tag that complete messages lack.
 DEEPSEEK_R1 = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ '<|assistant|>' + message.content.split('</think>')[-1] + '<|endoftext|>' }}{% else %}"
@@ -109,7 +109,7 @@ DEEPSEEK_R1 = (
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
 
-#: Ends the last message otherwise than earlier ones, and calls of tools in a third way.
+#: Ends the last message differently from earlier ones, and tool calls in a third way.
 HARMONY = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% if message.tool_calls %}"
     "{{ '<|start|>assistant<|channel|>commentary<|message|>' }}"
@@ -120,7 +120,7 @@ HARMONY = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 
-#: Nothing but text.
+#: Plain text only.
 PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"

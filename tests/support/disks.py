@@ -1,4 +1,4 @@
-"""A disk without room, and one that is full for real."""
+"""Full disks: a simulated one, and a small real one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def no_room() -> Iterator[None]:
-    """In the block no file can be written, by any thread of this process."""
+    """Inside the block, no thread of this process can write a file."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
@@ -25,7 +25,7 @@ def no_room() -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a disk of this size; the test is skipped where that is not allowed."""
+    """Mount a disk of this size; skip the test if that is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     try:
@@ -40,7 +40,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Use up the room on the disk of *folder*; return the file that does."""
+    """Fill the disk that holds *folder*; return the file that takes up the space."""
     ballast = folder / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(os.urandom(4096)):

@@ -1,4 +1,4 @@
-"""FakeHub: stands in for huggingface_hub.HfApi; remembers what it was asked."""
+"""FakeHub: stands in for huggingface_hub.HfApi and records its calls."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Dict, List, Tuple
 
 
 class FakeHub:
-    """Takes the calls of a push, with the arguments of the real HfApi (1.0).
+    """Accepts the calls that a push makes, with the arguments of the real HfApi (1.0).
 
     Attributes:
         calls: each call's name and arguments, in order.
-        files: what was uploaded last, by path in the folder.
+        files: the files of the last upload, by path in the folder.
         trouble: raised by the next upload, if it is not None.
     """
 

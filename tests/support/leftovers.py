@@ -1,4 +1,4 @@
-"""Threads and sockets of this process that outlive what they were made for."""
+"""Leaked threads and sockets of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import List, NamedTuple
 
 
 class Leftovers(NamedTuple):
-    """Threads of the library, and sockets, of this process."""
+    """How many of the library's threads, and how many sockets, this process has."""
 
     threads: int
     sockets: int
@@ -26,13 +26,13 @@ class Leftovers(NamedTuple):
         return cls(len(_thread_names()), sockets)
 
     def new(self, grace_s: float) -> List[str]:
-        """Wait at most *grace_s* until there are no more than these; return what stays."""
+        """Wait up to *grace_s* for the counts to fall to these; describe any excess left."""
         deadline = time.monotonic() + grace_s
         now = Leftovers.now()
         while (now.threads > self.threads or now.sockets > self.sockets) and (
             time.monotonic() < deadline
         ):
-            gc.collect()  # clients that only a cycle keeps
+            gc.collect()  # clients that only a reference cycle keeps alive
             time.sleep(0.02)
             now = Leftovers.now()
         wrong = []

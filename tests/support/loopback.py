@@ -1,6 +1,6 @@
-"""LoopbackServer: sockets and threads of every hand-made server.
+"""LoopbackServer: the sockets and threads of every hand-made server.
 
-Standard library only, as `http_request`: some servers run where tinkex is not installed.
+Standard library only, because some servers run where tinkex is not installed.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import time
 from types import TracebackType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, TypeVar
 
-#: Nothing in a test takes longer than this, in seconds, on the busiest machine; waiting for it is a
-#: failure.
+#: No step of a test takes longer than this, in seconds, even on the busiest machine: a longer wait
+#: is a failure.
 PATIENCE_S = 60.0
 
 ServerT = TypeVar("ServerT", bound="LoopbackServer")
 
 
 class LoopbackServer:
-    """Listens on a free port of 127.0.0.1, and serves each connection in a thread of its own.
+    """Listens on a free port of 127.0.0.1, and serves each connection in its own thread.
 
-    Its threads are called NAME-accept, NAME-0, NAME-1, ...  `close` ends them all and fails if
-    one stays, so that no test leaves a thread or a socket behind.
+    Its threads are called NAME-accept, NAME-0, NAME-1, ...  `close` ends them all and fails if one
+    remains, so that no test leaks a thread or a socket.
 
     Args:
         serve: called with each connection and its index, counted from 0.  The connection is closed
-            when it returns; an OSError, as of a client that went away, ends it silently.
+            when *serve* returns; an OSError, such as a client that went away, ends it silently.
         name: of the threads.
         tls: speak TLS, with this context.
     """
@@ -74,7 +74,7 @@ class LoopbackServer:
         assert idle, "connections are still open"
 
     def drop_connections(self) -> None:
-        """Close every connection, as a server does with idle ones."""
+        """Close every connection, as a server closes idle ones."""
         with self.changed:
             connections = list(self._open.values())
         for connection in connections:
@@ -82,14 +82,14 @@ class LoopbackServer:
         self.wait_until_idle()
 
     def listen(self) -> None:
-        """Accept connections; again, on the same port, after `close`."""
+        """Accept connections; after `close`, once more on the same port."""
         self.closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self.port = self._listener.getsockname()[1]
         self.start(self._accept, "accept", self._listener)
 
     def close(self) -> None:
-        """Break off every connection, refuse new ones and wait for the threads."""
+        """Break every connection, refuse new ones and wait for the threads."""
         self.closing.set()
         _shut(self._listener)  # wakes accept
         self._listener.close()
@@ -127,7 +127,7 @@ class LoopbackServer:
 
     @contextlib.contextmanager
     def tracked(self, sock: socket.socket) -> Iterator[None]:
-        """Have `close` break off *sock*, too, during the block; close it at its end."""
+        """During the block, have `close` break *sock*, too; close it at the end of the block."""
         with self.changed:
             self._tracked.append(sock)
         try:
@@ -155,7 +155,7 @@ class LoopbackServer:
 
     def _run(self, connection: socket.socket, index: int) -> None:
         try:
-            # An OSError: the client distrusts the certificate or left, or close broke it off.
+            # OSError: the client rejected the certificate or left, or `close` broke the connection.
             with contextlib.suppress(OSError):
                 if isinstance(connection, ssl.SSLSocket):
                     connection.do_handshake()
@@ -170,7 +170,7 @@ class LoopbackServer:
 def read_http(stream: Any) -> Optional[Tuple[bytes, bytes]]:
     """Read one HTTP request; return its head, with the empty line at its end, and its body.
 
-    None if the client left before it had sent all of it.
+    Return None if the client left before it had sent the whole request.
     """
     head = b""
     length = 0

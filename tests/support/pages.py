@@ -1,6 +1,6 @@
 """The documentation's pages as programs: their code blocks, in order.
 
-What a reader does not see, a page says in HTML comments:
+Directives for the tests, invisible to readers, stand in HTML comments:
 
     <!-- test: setup                 code that runs in front of the next block
     trainer = ...
@@ -32,7 +32,7 @@ class Block:
         code: its text, with a newline at the end of each line.
         line: the number of its first line in the page, from 1.
         skip: why it is not run; empty if it is.
-        printed: it is what the block before it prints.
+        printed: the block is the output of the block before it.
     """
 
     language: str
@@ -54,7 +54,7 @@ class Page(NamedTuple):
         return self.path.relative_to(REPOSITORY).as_posix()
 
     def of(self, *languages: str) -> List[Block]:
-        """Return the blocks in one of *languages*."""
+        """Return the blocks written in any of *languages*."""
         return [block for block in self.blocks if block.language in languages]
 
 

@@ -12,7 +12,7 @@ from tinkex.types import UntypedFuture
 
 
 class ScriptedRequest(PendingRequest[Any]):
-    """What is not given is as in the base class."""
+    """Arguments that are left out behave as in the base class."""
 
     def __init__(
         self,

@@ -21,13 +21,13 @@ from tinkex.local.engines.engine import Engine
 from tinkex.local.server import LocalServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: Nothing here takes longer than this, in seconds, not even on a busy machine.
+#: No program here takes longer than this, in seconds, even on a busy machine.
 PATIENCE_S = 300.0
-#: What a user would see anyway, and sockets and files that were not closed.
+#: The warnings that a user would see anyway, and those about unclosed sockets and files.
 STRICT = ["-W", "always::ResourceWarning"]
 with contextlib.suppress(PackageNotFoundError):
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
-        # Older releases leave a temporary folder of their own to the end of the process.
+        # Older releases remove a temporary folder of theirs only at the end of the process.
         STRICT += ["-W", "ignore:Implicitly cleaning up:ResourceWarning"]
 
 
@@ -36,7 +36,7 @@ def environment(base_url: Optional[str]) -> Dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
     kept.pop("COLUMNS", None)
     kept["PYTHONUNBUFFERED"] = "1"
-    kept["TINKEX_NO_STATUS"] = "1"  # on a busy machine, every command takes its time
+    kept["TINKEX_NO_STATUS"] = "1"  # a busy machine would show one for every command
     # The installed package is tested if there is one; else the source tree.
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     if base_url is not None:
@@ -66,7 +66,7 @@ def run(
 def run_example(name: str, *options: str, server: Optional[Server] = None) -> str:
     """Run ``examples/NAME`` to its end, on *server* if given; return what it printed.
 
-    It must succeed, with nothing on stderr, and end its session.
+    The example must succeed, with nothing on stderr, and end its session.
     """
     before = server.ends() if server else []
     done = run([str(REPOSITORY / "examples" / name), *options], server.url if server else None)
@@ -87,7 +87,7 @@ class Done(NamedTuple):
 
 
 def tinkex(*arguments: str, base_url: Optional[str] = None, stdin: str = "") -> Done:
-    """Run ``tinkex ARGUMENTS`` within this process, which takes less than starting one."""
+    """Run ``tinkex ARGUMENTS`` within this process, which is faster than starting one."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, environment(base_url), clear=True),
@@ -119,14 +119,14 @@ def started(
 
 
 def interrupt(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Press Ctrl-C, wait for the end and return what was left to read."""
+    """Send Ctrl-C, wait for the process to end and return its remaining output."""
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 class Server:
-    """A LocalServer in this process, and what became of its sessions."""
+    """A LocalServer in this process, and how its sessions ended."""
 
     def __init__(self, server: LocalServer, trained: threading.Event) -> None:
         self.url = server.url
@@ -137,12 +137,12 @@ class Server:
         self.trained = trained
 
     def ends(self) -> List[str]:
-        """Return how each session ended, the newest first; ``"live"`` if it lives."""
+        """Return how each session ended, newest first; ``"live"`` if it has not ended."""
         return list(session_ends(self.url).values())
 
 
 def session_ends(url: str) -> Dict[str, str]:
-    """Return how each session of a server ended, the newest first; ``"live"`` if it lives."""
+    """Return how each session of a server ended, newest first; ``"live"`` if it has not ended."""
     ends = {}
     for session_id in requests_get(f"{url}/api/v1/sessions")["sessions"]:
         reply = requests.post(

@@ -1,4 +1,4 @@
-"""How properties are tried: the same examples every time, however fast the machine is."""
+"""Settings of property tests: the same examples every time, however fast the machine is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-#: Which part of the examples to try.  tox tries all of them on one Python, and fewer on the others.
+#: The share of the examples to try.  tox tries all of them on one Python, and fewer on the others.
 SHARE = float(os.environ.get("TINKEX_EXAMPLES", "1"))
 
 
 def several(examples: int) -> settings:
-    """Return the settings of a property that is tried with *examples*, or SHARE of them."""
+    """Return the settings of a property that is tried with SHARE of *examples* examples."""
     return settings(
         max_examples=max(5, round(examples * SHARE)),
         deadline=None,

@@ -1,4 +1,4 @@
-"""RawServer: sends given bytes, HTTP or not."""
+"""RawServer: sends the given bytes, whether or not they are HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.loopback import PATIENCE_S, LoopbackServer, read_http
 
 
 class RawServer(LoopbackServer):
-    """Answers each request with the next of *responses*, and the last one again and again.
+    """Answers each request with the next of *responses*; the last one is repeated.
 
     Each connection is closed after one response, unless *keep_alive*.  With *piece*, only that many
     bytes are sent at a time.
@@ -41,6 +41,6 @@ class RawServer(LoopbackServer):
                 if not self._keep_alive:
                     break
             connection.shutdown(socket.SHUT_WR)
-            # Until the client leaves: closing earlier could reset the connection.
+            # Read until the client leaves: closing earlier could reset the connection.
             with contextlib.suppress(OSError):
                 stream.read(1)

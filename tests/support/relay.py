@@ -1,4 +1,4 @@
-"""A relay in front of a server that can be cut, to play an outage of the network."""
+"""A relay in front of a server, which can be cut to simulate a network outage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.loopback import LoopbackServer
 
 
 class Relay(LoopbackServer):
-    """Passes bytes on to *url* while it is up; refuses connections while it is cut."""
+    """Forwards bytes to *url* while it is up; refuses connections while it is cut."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""ScriptedServer: a real HTTP server on loopback that sends the responses a test gives it."""
+"""ScriptedServer: a real HTTP server on loopback that sends the responses that a test scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TLS_GREETING = b"\x16"  # the first byte of a TLS handshake
 
 @dataclasses.dataclass(frozen=True)
 class Received:
-    """One request, as it came in."""
+    """One request, as received."""
 
     method: str
     path: str
@@ -40,13 +40,13 @@ class Received:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What to do with one request.
+    """How to answer one request.
 
     Attributes:
-        status, body, headers: the answer; a body that is not bytes is sent as JSON.
+        status, body, headers: of the answer; a body that is not bytes is sent as JSON.
         content_type: of the body.
         hold: answer only once this is set (or the server closes).
-        reset: send nothing and break the connection off with an RST.
+        reset: send nothing and end the connection with an RST.
         drop: send nothing and close the connection.
         close_after: send the answer and close the connection, without saying so in a header.
         cut_after: send only this many bytes of the body, then do as `hold` says, then close.
@@ -73,7 +73,7 @@ Step = Union[Answer, Callable[[Received], Answer]]
 
 
 class ScriptedServer(LoopbackServer):
-    """A server whose routes answer from a script.
+    """A server whose routes give scripted answers.
 
     With *tls* it speaks HTTPS, under CERTIFICATE.
 
@@ -82,11 +82,11 @@ class ScriptedServer(LoopbackServer):
         with ScriptedServer() as server:
             server.on("POST /api/v1/asample", Answer(503), Answer(body={"request_id": "r"}))
 
-    A route's answers are used up in order; its last one is repeated.  What has no route gets 404.
+    A route's answers are used in order, and its last one is repeated.  Unknown routes get 404.
     """
 
     def __init__(self, *, tls: bool = False) -> None:
-        self._routes: Dict[str, Deque[Step]] = {}  # guarded by changed, as the requests
+        self._routes: Dict[str, Deque[Step]] = {}  # guarded by `changed`, like the requests
         self._requests: List[Received] = []
         context = None
         if tls:
@@ -95,7 +95,7 @@ class ScriptedServer(LoopbackServer):
         super().__init__(self._talk, "scripted", tls=context)
 
     def on(self, route: str, *steps: Step) -> None:
-        """Answer *route*, ``"POST /path"`` without the query, with *steps*, one after the other."""
+        """Answer *route* (``"POST /path"``, without the query) with *steps*, one by one."""
         with self.changed:
             self._routes[route] = collections.deque(steps)
 
@@ -105,7 +105,7 @@ class ScriptedServer(LoopbackServer):
             return [r for r in self._requests if route in (None, _route_of(r))]
 
     def wait_for(self, route: str, count: int = 1) -> List[Received]:
-        """Wait until *route* was asked *count* times."""
+        """Wait until *route* has had *count* requests."""
         with self.changed:
             came = self.changed.wait_for(
                 lambda: sum(_route_of(r) == route for r in self._requests) >= count, PATIENCE_S
@@ -114,7 +114,7 @@ class ScriptedServer(LoopbackServer):
         return self.requests(route)
 
     def respond(self, received: Received) -> Answer:
-        """Return what to do with a request, and remember it."""
+        """Record a request; return the answer to it."""
         with self.changed:
             steps = self._routes.get(_route_of(received))
             step: Step = Answer(404, {"detail": f"no route {_route_of(received)}"})
@@ -190,7 +190,7 @@ def _refuse_tls(connection: socket.socket, stream: Any) -> None:
 
 
 def _read_request(stream: Any, index: int) -> Optional[Received]:
-    """Read one request; None if the client left, or before it had sent all of it."""
+    """Read one request; return None if the client left before it had sent the whole request."""
     request = read_http(stream)
     if request is None:
         return None

@@ -25,7 +25,7 @@ def tinkex_serve(
 ) -> Iterator[str]:
     """Serve *model* on a free port, and yield the URL; no request may end in a traceback.
 
-    *python* is an interpreter that has what the server needs; *variables* are added to this
+    *python* is an interpreter that has the server's dependencies; *variables* are added to this
     process's environment.
     """
     command = [python, "-c", _SERVE, "--model", model, "--port", "0", "--data-dir", str(data_dir)]

@@ -1,4 +1,4 @@
-"""A scripted server that knows sessions: it counts them, their heartbeats and their ends."""
+"""A scripted server with sessions: it records them, their heartbeats and their ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL = "POST /api/v1/retrieve_future"
 
 
 class SessionServer(ScriptedServer):
-    """Creates sessions s0, s1, ... (or with another prefix); takes their heartbeats and ends.
+    """Creates sessions s0, s1, ... (or with another prefix); accepts their heartbeats and ends.
 
     `on` changes what a route answers; `create_hold` holds answers to create_session.
     """
@@ -55,7 +55,7 @@ class SessionServer(ScriptedServer):
             return self._count
 
     def beats(self, session_id: Optional[str] = None) -> List[Received]:
-        """The heartbeats so far, of one session or of all; not those cut off on the way."""
+        """Return the heartbeats so far, of one session or of all, except truncated ones."""
         complete = [
             r for r in self.requests(BEAT) if len(r.body) == int(r.headers["content-length"])
         ]
@@ -76,11 +76,11 @@ class SessionServer(ScriptedServer):
         return self.reasons(session_id)
 
     def assert_ended_once(self, session_id: str = "s0") -> None:
-        """The session was finished exactly once, and no heartbeat was sent after that."""
+        """Check that the session was finished exactly once, with no heartbeat after that."""
         finishes = self.finishes(session_id)
         assert len(finishes) == 1, f"{session_id} was finished {len(finishes)} times"
-        # What was in flight may still come in: heartbeats that the client has given up, and one
-        # that it has not, on a busy machine much later.
+        # Heartbeats in flight may still arrive: those that the client has given up on at once, and
+        # one that it has not, much later on a busy machine.
         late = [b for b in self.beats(session_id) if b.at > finishes[0].at + 0.1]
         assert len(late) <= 1, f"{len(late)} heartbeats of {session_id} came after its end"
 

@@ -1,4 +1,4 @@
-"""What tests run in a spawned process, which finds ``support`` but no test module."""
+"""Functions for spawned processes, which can import ``support`` but no test module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def resolve_tiny_random(cache: str, start: Any, sources: Any) -> None:
-    """Resolve the model ``tiny-random`` in *cache* once all of *start* are there."""
+    """Resolve the model ``tiny-random`` in *cache* after the barrier *start*."""
     from tinkex.local.engines import models
 
     start.wait()

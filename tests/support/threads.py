@@ -1,4 +1,4 @@
-"""Racing threads, and waiting for what they do."""
+"""Racing threads, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Callable, Iterator, List
 
 from support.loopback import PATIENCE_S as PATIENCE_S
 
-#: What waits for nothing takes less than this, in seconds, on the busiest machine; a hang takes
-#: PATIENCE_S.
+#: Code that waits for nothing takes less than this, in seconds, even on the busiest machine; a hang
+#: takes PATIENCE_S.
 PROMPT_S = 10.0
 
 
 def race(*functions: Callable[[], Any]) -> List[Any]:
-    """Call all *functions* concurrently, each in a thread; return what they returned or raised."""
+    """Call all *functions* concurrently, each in a thread; return their results or exceptions."""
     barrier = threading.Barrier(len(functions))
     outcomes: List[Any] = [None] * len(functions)
 
@@ -42,7 +42,7 @@ def race(*functions: Callable[[], Any]) -> List[Any]:
 def promptly() -> Iterator[None]:
     """Fail if the block took so long that it must have waited for something.
 
-    That is only true where a wait would last far longer than PROMPT_S: hold it for PATIENCE_S.
+    This works only if any wait would last far longer than PROMPT_S: have it last PATIENCE_S.
     """
     began = time.monotonic()
     yield
@@ -51,7 +51,7 @@ def promptly() -> Iterator[None]:
 
 
 def wait_until(predicate: Callable[[], bool], what: str) -> None:
-    """Wait until *predicate* holds: for conditions without an Event."""
+    """Wait until *predicate* holds; for conditions that no Event signals."""
     deadline = time.monotonic() + PATIENCE_S
     while not predicate():
         assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s: {what}"

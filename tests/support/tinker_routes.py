@@ -1,7 +1,7 @@
-"""The routes of a small Tinker server on a ScriptedServer: every request is accepted and done.
+"""The routes of a small Tinker server on a ScriptedServer: every request is accepted and succeeds.
 
-Work is answered with a request id that names its route, and polls with the result of that route,
-so that a test can replace one route and leave the others.
+A submission gets a request id that names its route, and a poll gets the result of that route, so
+that a test can replace one route and leave the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESULTS: Mapping[str, Any] = {
 
 
 class TinkerRoutes:
-    """Puts the routes on *server* and remembers what was submitted."""
+    """Puts the routes on *server* and records the submissions."""
 
     def __init__(self, server: ScriptedServer) -> None:
         self._server = server
@@ -61,12 +61,12 @@ class TinkerRoutes:
         self._server.on(f"POST {API}{route}", *steps)
 
     def accept(self, received: Received) -> Answer:
-        """Accept work; its result is that of the route."""
+        """Accept a submission; its result is the route's entry in RESULTS."""
         route = received.path.rpartition("/")[2]
         return self.accepted(route, Answer(body=RESULTS[route]))
 
     def accept_pass(self, received: Received) -> Answer:
-        """Accept a pass; its result has logprobs of -1."""
+        """Accept a pass; its result has logprobs of -1 everywhere."""
         codec = codec_for(received.headers["content-type"])
         batch = codec.decode_forward_backward(received.body)
         outputs = [
@@ -78,7 +78,7 @@ class TinkerRoutes:
         return self.accepted(received.path.rpartition("/")[2], Answer(body=body))
 
     def accepted(self, route: str, result: Answer) -> Answer:
-        """Accept work whose result is *result*."""
+        """Accept a submission whose result is *result*."""
         request_id = f"{route}-{next(self._numbers)}"
         self.results[request_id] = result
         return Answer(body={"request_id": request_id, "model_id": MODEL})
@@ -93,12 +93,12 @@ class TinkerRoutes:
         return Answer(body={})
 
     def count(self) -> int:
-        """How many requests came, without heartbeats, which come when they like."""
+        """Return how many requests arrived, without heartbeats, whose timing varies."""
         beats = self._server.requests(f"POST {API}session_heartbeat")
         return len(self._server.requests()) - len(beats)
 
     def submitted(self, route: str) -> List[Any]:
-        """The bodies submitted to *route*, decoded."""
+        """Return the decoded bodies of all submissions to *route*."""
         bodies = []
         for received in self._server.requests(f"POST {API}{route}"):
             if route in ("forward_backward", "forward"):
@@ -109,7 +109,7 @@ class TinkerRoutes:
         return bodies
 
     def seq_ids(self) -> List[int]:
-        """The numbers of all training requests, in the order in which they came."""
+        """Return the seq_ids of all training requests, in order of arrival."""
         seen: List[int] = []
         counted: Dict[str, Any] = collections.defaultdict(int)
         for received in self._server.requests():

@@ -1,4 +1,4 @@
-"""FakeServer: what it serves, what its journal holds, its restarts and its end."""
+"""FakeServer: its responses, its journal, its restarts and its end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_losses_fall_and_are_the_same_each_time(service: ServiceClient) -> None:
     assert train(new_run(service), 4) == losses
 
 
-def test_samples_are_text_of_the_tokenizer(service: ServiceClient) -> None:
+def test_samples_decode_to_text(service: ServiceClient) -> None:
     tokenizer = CharacterTokenizer()
     sampler = service.create_sampling_client(base_model="deterministic")
     prompt = types.ModelInput.from_ints(tokenizer.encode("Why is the sky blue?"))
@@ -69,18 +69,18 @@ def test_any_of_its_names_can_be_trained() -> None:
             service.create_lora_training_client(name).forward([datum], "cross_entropy").result()
 
 
-def test_it_starts_in_well_under_a_tenth_of_a_second() -> None:
+def test_the_server_starts_in_well_under_a_tenth_of_a_second() -> None:
     with FakeServer():
-        pass  # everything is imported now
+        pass  # now everything is imported
     spent = []
     for _ in range(3):
         before = time.process_time()
         with FakeServer():
             spent.append(time.process_time() - before)
-    assert min(spent) < 0.06, spent  # of the processor: the machine may be busy
+    assert min(spent) < 0.06, spent  # CPU time, as the machine may be busy
 
 
-def test_it_imports_no_machine_learning_library() -> None:
+def test_the_server_imports_no_machine_learning_library() -> None:
     script = (
         "import sys\n"
         "from tinkex import ServiceClient, types\n"
@@ -95,7 +95,7 @@ def test_it_imports_no_machine_learning_library() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_its_threads_and_its_folder_are_gone_after_close() -> None:
+def test_the_threads_and_the_folder_are_gone_after_close() -> None:
     before = set(threading.enumerate())
     server = FakeServer()
     server.start()
@@ -108,7 +108,7 @@ def test_its_threads_and_its_folder_are_gone_after_close() -> None:
     assert not folder.exists()
 
 
-def test_it_can_be_used_only_while_it_runs() -> None:
+def test_the_server_can_be_used_only_while_it_runs() -> None:
     server = FakeServer()
     for use in (lambda: server.url, server.live_sessions, server.restart):
         with pytest.raises(LocalServerError, match="start"):
@@ -128,7 +128,7 @@ def test_models_are_names(models: List[object]) -> None:
 # The journal
 
 
-def test_the_journal_holds_every_request(fake: FakeServer, service: ServiceClient) -> None:
+def test_the_journal_records_every_request(fake: FakeServer, service: ServiceClient) -> None:
     trainer = new_run(service)
     trainer.optim_step(ADAM).result()
     (create,) = fake.journal.requests_to("create_session")
@@ -143,7 +143,7 @@ def test_the_journal_holds_every_request(fake: FakeServer, service: ServiceClien
     assert fake.journal.requests_to("*") == everything
 
 
-def test_the_journal_counts_what_was_executed(fake: FakeServer, service: ServiceClient) -> None:
+def test_the_journal_counts_executed_work(fake: FakeServer, service: ServiceClient) -> None:
     trainer = new_run(service)
     train(trainer, 2)
     trainer.forward(DATA, "cross_entropy").result()
@@ -163,16 +163,14 @@ def test_the_journal_counts_what_was_executed(fake: FakeServer, service: Service
     assert fake.journal.executed(sampler) == ["sample"]
 
 
-def test_work_that_failed_was_not_executed(fake: FakeServer, service: ServiceClient) -> None:
+def test_failed_work_does_not_count_as_executed(fake: FakeServer, service: ServiceClient) -> None:
     trainer = new_run(service)
     with pytest.raises(Exception, match="no_such_loss"):
         trainer.forward_backward(DATA, "no_such_loss").result()
     assert fake.journal.executed(trainer) == ["create"]
 
 
-def test_duplicates_are_requests_for_work_sent_again(
-    fake: FakeServer, service: ServiceClient
-) -> None:
+def test_duplicates_are_resent_work_requests(fake: FakeServer, service: ServiceClient) -> None:
     trainer = new_run(service)
     train(trainer, 1)
     assert fake.journal.duplicates() == []
@@ -224,7 +222,7 @@ def test_a_restart_with_state_keeps_checkpoints(fake: FakeServer, service: Servi
         assert train(resumed, 1) == losses
 
 
-def test_what_is_called_while_the_server_restarts_waits_for_it(
+def test_calls_during_a_restart_wait_for_it(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restarting, go_on, start = threading.Event(), threading.Event(), fake._start_locked

@@ -1,4 +1,4 @@
-"""Fault scripts: which request a fault strikes, and what a client gets of each."""
+"""Fault scripts: which request a fault strikes, and what the client then gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEALTH = "/api/v1/healthz"
 
 
 class Received(NamedTuple):
-    """What came of one request."""
+    """The outcome of one request."""
 
     status: int
     content_type: Optional[str]
@@ -29,7 +29,7 @@ class Received(NamedTuple):
 
 
 class Raw:
-    """Plain HTTP, one connection for each request."""
+    """Plain HTTP, with a new connection for each request."""
 
     def __init__(self, server: FakeServer) -> None:
         self._address = server.url.rpartition("/")[2]
@@ -63,7 +63,7 @@ def healthy(raw: Raw) -> Received:
 # Which request
 
 
-def test_a_fault_strikes_the_calls_it_is_for(fake: FakeServer, raw: Raw) -> None:
+def test_a_fault_strikes_only_the_intended_calls(fake: FakeServer, raw: Raw) -> None:
     injection = fake.inject("healthz", faults.Status(503), call=2, times=2)
     assert [raw.get().status for _ in range(4)] == [200, 503, 503, 200]
     assert len(injection.struck) == 2
@@ -81,7 +81,7 @@ def test_the_first_of_several_faults_strikes(fake: FakeServer, raw: Raw) -> None
     assert [raw.get().status for _ in range(3)] == [501, 502, 200]
 
 
-def test_without_an_end_it_strikes_until_it_is_removed(fake: FakeServer, raw: Raw) -> None:
+def test_a_fault_without_a_count_strikes_until_it_is_removed(fake: FakeServer, raw: Raw) -> None:
     injection = fake.inject("healthz", faults.Status(503), times=None)
     assert [raw.get().status for _ in range(3)] == [503] * 3
     injection.remove()
@@ -93,7 +93,7 @@ def test_without_an_end_it_strikes_until_it_is_removed(fake: FakeServer, raw: Ra
     "route",
     ["healthz", "GET healthz", "/api/v1/healthz", "GET /api/v1/healthz", "*", "GET *", "health*"],
 )
-def test_routes_that_fit(fake: FakeServer, raw: Raw, route: str) -> None:
+def test_patterns_that_match_a_route(fake: FakeServer, raw: Raw, route: str) -> None:
     fake.inject(route, faults.Status(503))
     assert raw.get().status == 503
 
@@ -148,7 +148,7 @@ def test_a_dropped_connection(fake: FakeServer, raw: Raw) -> None:
         raw.get()
 
 
-def test_a_connection_cut_in_the_middle(fake: FakeServer, raw: Raw, healthy: Received) -> None:
+def test_a_connection_cut_midway(fake: FakeServer, raw: Raw, healthy: Received) -> None:
     fake.inject("healthz", faults.Cut())
     with pytest.raises(http.client.IncompleteRead) as caught:
         raw.get()
@@ -198,13 +198,15 @@ def test_a_held_request_waits_for_its_release(
     assert fake.journal.executed_steps(trainer) == 1
 
 
-def test_waiting_for_a_fault_that_does_not_come(fake: FakeServer) -> None:
+def test_waiting_for_a_fault_that_does_not_strike(fake: FakeServer) -> None:
     injection = fake.inject("optim_step", faults.Hold(), call=3)
     with pytest.raises(TimeoutError, match=r"call 3 of 'optim_step' has not arrived; 0 have"):
         injection.wait(0.01)
 
 
-def test_a_lost_response_is_missed_only_by_time(fake: FakeServer, service: ServiceClient) -> None:
+def test_a_lost_response_is_noticed_only_by_the_timeout(
+    fake: FakeServer, service: ServiceClient
+) -> None:
     trainer = new_run(service)
     lost = fake.inject("optim_step", faults.LoseResponse())
     before = time.monotonic()
@@ -251,7 +253,7 @@ def test_a_restart_while_a_result_is_polled(fake: FakeServer, service: ServiceCl
         trainer.optim_step(ADAM).result()
 
 
-def test_a_refusal_in_the_name_of_the_server_leaves_the_run_usable(
+def test_a_refusal_by_a_gateway_leaves_the_run_usable(
     fake: FakeServer, service: ServiceClient
 ) -> None:
     trainer = new_run(service)
@@ -266,7 +268,7 @@ def test_a_refusal_in_the_name_of_the_server_leaves_the_run_usable(
     assert fake.journal.duplicates() == []
 
 
-def test_heartbeats_that_die(fake: FakeServer) -> None:
+def test_failing_heartbeats(fake: FakeServer) -> None:
     with ServiceClient(base_url=fake.url, heartbeat_interval_s=0.02) as service:
         dead = fake.inject("session_heartbeat", faults.Drop(), times=None)
         wait_until(lambda: len(dead.struck) >= 3, "heartbeats go on")
@@ -323,7 +325,7 @@ def test_a_fault_that_fails_is_reported_to_the_client_and_logged(
 
 
 @pytest.mark.parametrize("fault", [503, None, "drop"])
-def test_a_fault_is_something_to_call(fake: FakeServer, fault: Any) -> None:
+def test_a_fault_must_be_callable(fake: FakeServer, fault: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"tinkex\.testing\.faults"):
         fake.inject("healthz", fault)
 

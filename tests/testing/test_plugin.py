@@ -1,4 +1,4 @@
-"""The pytest plugin, in test runs of its own, and the documented example."""
+"""The pytest plugin, in separate test runs, and the documented example."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLE = ROOT / "examples" / "testing"
 
 
 def run_pytest(folder: Path, *options: str) -> List[str]:
-    """Run the tests in *folder* with the plugin; return the lines of what pytest printed."""
+    """Run the tests in *folder* with the plugin; return the lines that pytest printed."""
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["TINKER_API_KEY"] = "tml-real"
@@ -95,7 +95,7 @@ def test_modules():
 
 
 def test_a_program_that_has_imported_tinkex_may_start_pytest(tmp_path: Path) -> None:
-    """As if tinkex were installed here: pytest warns of plugins that were imported before."""
+    """If tinkex is installed like this, pytest warns of plugins that are already imported."""
     installed = tmp_path / "tinkex-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: tinkex\nVersion: 1.0\n")

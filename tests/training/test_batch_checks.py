@@ -17,7 +17,7 @@ def datum(tokens: Any = (1, 2, 3), **inputs: Any) -> Datum:
     return Datum(ModelInput.from_ints(list(tokens)), inputs or {"target_tokens": [2, 3, 4]})
 
 
-def test_a_good_batch_comes_back_as_a_list() -> None:
+def test_a_good_batch_is_returned_as_a_list() -> None:
     one, two = datum(), datum()
     assert check_batch((one, two), "cross_entropy") == [one, two]
     assert check_batch(iter([one]), "my_loss") == [one]  # type: ignore[arg-type]  # works too
@@ -45,26 +45,26 @@ def test_a_good_batch_comes_back_as_a_list() -> None:
         ([datum(logprobs=[1.0, 1.0, float("inf")])], "holds inf at position 2"),
     ],
 )
-def test_a_bad_batch_is_named(data: Any, part: str) -> None:
+def test_the_error_about_a_bad_batch_names_the_datum(data: Any, part: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         check_batch(data, "cross_entropy")
     assert part in str(caught.value)
 
 
-def test_inputs_of_a_response_only_are_passed_on() -> None:
+def test_inputs_for_the_response_tokens_only_are_passed_on() -> None:
     short = datum((1, 2, 3, 4), target_tokens=[4, 5], weights=[1.0, 1.0])
     assert check_batch([short], "cross_entropy") == [short]
 
 
 @pytest.mark.parametrize("at", [0, 31, 32, 99])
-def test_a_number_that_is_none_is_found_among_many(at: int) -> None:
+def test_a_nan_is_found_among_many_numbers(at: int) -> None:
     data = [datum(weights=[1.0] * 3, target_tokens=[1, 2, 3]) for _ in range(100)]
     data[at] = datum(weights=[1.0, 1.0, float("-inf")], target_tokens=[1, 2, 3])
     with pytest.raises(InvalidInputError, match=rf"data\[{at}\]: .*'weights' holds -inf .* 2"):
         check_batch(data, "cross_entropy")
 
 
-def test_numbers_beside_an_image_are_looked_at() -> None:
+def test_numbers_in_a_datum_with_an_image_are_checked() -> None:
     chunks = [*ModelInput.from_ints([1, 2]).chunks, ImageChunk(b"x", "png")]
     mixed = Datum(ModelInput(chunks), {"weights": [1.0, float("nan")]})
     with pytest.raises(InvalidInputError, match="holds nan at position 1"):
@@ -100,7 +100,7 @@ def test_a_loss_config_holds_numbers_and_strings(config: Any) -> None:
         as_loss_config(config)
 
 
-def test_lengths_beside_an_image_are_left_to_the_server() -> None:
+def test_lengths_in_a_datum_with_an_image_are_left_to_the_server() -> None:
     chunks = [*ModelInput.from_ints([1, 2]).chunks, ImageChunk(b"x", "png")]
     mixed = Datum(ModelInput(chunks), {"target_tokens": np.arange(9)})
     assert check_batch([mixed], "cross_entropy") == [mixed]
@@ -116,12 +116,12 @@ def test_a_ttl_is_a_whole_number_of_seconds(ttl: Any) -> None:
         check_ttl(ttl)
 
 
-def test_no_ttl_is_for_ever() -> None:
+def test_no_ttl_means_forever() -> None:
     assert check_ttl(None) is None
     assert check_ttl(60) == check_ttl("60") == check_ttl(np.int64(60)) == 60
 
 
-def test_a_batch_is_taken_as_it_is_now() -> None:
+def test_a_batch_is_copied_when_it_is_checked() -> None:
     one = datum(target_tokens=[2, 3, 4])
     (sent,) = check_batch([one], "cross_entropy")
     one.loss_fn_inputs["target_tokens"] = [9, 9, 9]  # type: ignore[assignment]
@@ -131,13 +131,13 @@ def test_a_batch_is_taken_as_it_is_now() -> None:
 
 
 @pytest.mark.parametrize("value", [[1.0] * 3, np.ones(3), np.ones(3, np.float32)], ids=repr)
-def test_an_input_that_is_assigned_later_is_converted(value: Any) -> None:
+def test_an_input_assigned_later_is_converted(value: Any) -> None:
     one = datum(target_tokens=[2, 3, 4])
     one.loss_fn_inputs["weights"] = value
     assert check_batch([one], "x") == [datum(target_tokens=[2, 3, 4], weights=[1.0] * 3)]
 
 
-def test_an_input_that_is_assigned_later_is_named_with_its_datum() -> None:
+def test_the_error_about_an_input_assigned_later_names_its_datum() -> None:
     one = datum(target_tokens=[2, 3, 4])
     one.loss_fn_inputs["weights"] = "abc"  # type: ignore[assignment]
     with pytest.raises(InvalidInputError, match=r"data\[1\]: loss input 'weights' is a str"):
@@ -147,7 +147,7 @@ def test_an_input_that_is_assigned_later_is_named_with_its_datum() -> None:
         check_batch([datum(), one], "x")
 
 
-def test_a_loss_config_of_numpys_numbers_holds_plain_ones() -> None:
+def test_numpy_numbers_in_a_loss_config_become_plain_ones() -> None:
     config = as_loss_config(
         {"a": np.float32(0.5), "b": np.int64(2), "c": "x", "d": np.array(0.25), "e": True}
     )
@@ -161,12 +161,12 @@ def test_a_checkpoint_name_is_stripped(name: str) -> None:
     assert check_name(name) == "mid"
 
 
-def test_a_number_is_no_checkpoint_name() -> None:
+def test_a_number_is_not_a_checkpoint_name() -> None:
     with pytest.raises(InvalidInputError, match="checkpoint name 5 is of type int, not a string"):
         check_name(5)
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "a\nb", "a\x00"])
-def test_what_cannot_name_a_checkpoint_is_refused(name: str) -> None:
+def test_an_invalid_checkpoint_name_is_refused(name: str) -> None:
     with pytest.raises(InvalidInputError, match="bare name"):
         check_name(name)

@@ -1,4 +1,4 @@
-"""Runs made from checkpoints, on servers that do it in one request and on those that do not."""
+"""Creating runs from checkpoints, on servers that do it in one request and on others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INFO = {
 
 
 def missing(*loc: str) -> Answer:
-    """FastAPI's word for a field that is not there; it repeats the entire body."""
+    """FastAPI's answer about a missing field, which repeats the entire body."""
     echo = {"session_id": "session-1", "model_seq_id": 0, "path": PATH, "optimizer": True}
     fault = {"type": "missing", "loc": ["body", *loc], "msg": "Field required", "input": echo}
     return Answer(422, {"detail": [fault]})
@@ -49,7 +49,7 @@ REFUSALS = [
 
 
 def refuse_new_runs(routes: TinkerRoutes, refusal: Answer) -> None:
-    """Have load_weights take only what names a model."""
+    """Have load_weights accept only requests that name a model."""
 
     def load(received: Received) -> Answer:
         return routes.accept(received) if "model_id" in received.json() else refusal
@@ -68,7 +68,7 @@ def paths(server: ScriptedServer) -> List[str]:
     return [name for name in names if name in relevant]
 
 
-def test_one_request_makes_a_run_where_that_works(
+def test_a_run_is_created_in_one_request_if_the_server_can(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     trainer = scripted.create_training_client_from_state_with_optimizer(PATH)
@@ -88,7 +88,7 @@ def test_one_request_makes_a_run_where_that_works(
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=["skyrl", "tuft", "strict", "crash"])
-def test_elsewhere_the_run_is_made_first_and_loads_as_its_first_request(
+def test_on_other_servers_the_run_is_created_first_and_loads_as_its_first_request(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes, refusal: Answer
 ) -> None:
     refuse_new_runs(routes, refusal)
@@ -100,7 +100,7 @@ def test_elsewhere_the_run_is_made_first_and_loads_as_its_first_request(
     assert routes.submitted("weights_info") == [{"tinker_path": PATH}]
     (created,) = routes.submitted("create_model")
     assert created["base_model"] == "base"
-    assert created["model_seq_id"] == 0  # the number of the request that was refused
+    assert created["model_seq_id"] == 0  # the number of the refused request
     assert created["user_metadata"] == {"k": "v"}
     assert created["lora_config"]["rank"] == 8
     assert created["lora_config"]["train_unembed"] is False
@@ -125,7 +125,7 @@ def test_elsewhere_the_run_is_made_first_and_loads_as_its_first_request(
     [
         (Answer(404, {"detail": "no checkpoint at that path"}), NotFoundError),
         (Answer(400, {"detail": "the path has no such form"}), BadRequestError),
-        (missing("path"), UnprocessableEntityError),  # though the echo names the form's fields
+        (missing("path"), UnprocessableEntityError),  # although the echo names fields of form 1
         (
             Answer(422, {"detail": [{"loc": ["body", "optimizer_config"]}]}),
             UnprocessableEntityError,
@@ -146,7 +146,7 @@ def test_an_error_about_something_else_is_reported(
     assert scripted.server_dialect.creates_runs_by_loading is None
 
 
-def test_once_it_works_a_crash_is_only_a_crash(
+def test_once_one_request_has_worked_a_crash_is_an_ordinary_error(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     scripted.create_training_client_from_state(PATH)
@@ -156,7 +156,7 @@ def test_once_it_works_a_crash_is_only_a_crash(
     assert set(paths(server)) == {"load_weights"}
 
 
-def test_a_base_model_will_do_where_weights_info_is_missing(
+def test_a_base_model_suffices_if_weights_info_is_missing(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     refuse_new_runs(routes, REFUSALS[0])
@@ -165,7 +165,7 @@ def test_a_base_model_will_do_where_weights_info_is_missing(
     assert (created["base_model"], created["lora_config"]["rank"]) == ("mine", 32)
 
 
-def test_without_either_it_is_said_what_is_needed(
+def test_without_weights_info_and_base_model_the_error_says_what_is_needed(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     refuse_new_runs(routes, REFUSALS[0])
@@ -176,7 +176,7 @@ def test_without_either_it_is_said_what_is_needed(
     assert "create_model" not in paths(server)
 
 
-def test_a_checkpoint_that_is_not_there_is_no_missing_route(
+def test_a_missing_checkpoint_is_not_taken_for_a_missing_route(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     refuse_new_runs(routes, REFUSALS[0])
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_not_there_is_no_missing_route(
     assert "create_model" not in paths(server)
 
 
-def test_a_run_whose_checkpoint_cannot_be_loaded_is_let_go(
+def test_a_run_whose_checkpoint_cannot_be_loaded_is_released(
     scripted: ServiceClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     failed = Answer(400, {"detail": "the ranks differ"})
@@ -203,7 +203,9 @@ def test_a_run_whose_checkpoint_cannot_be_loaded_is_let_go(
     assert routes.submitted("unload_model") == [{"model_id": MODEL, "type": "unload_model"}]
 
 
-def test_if_both_ways_fail_both_are_reported(scripted: ServiceClient, routes: TinkerRoutes) -> None:
+def test_if_both_ways_fail_both_errors_are_reported(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
     routes.serve("load_weights", REFUSALS[1])
     routes.serve("weights_info", Answer(body=INFO))
     routes.serve("create_model", Answer(400, {"detail": "no room for another model"}))
@@ -212,7 +214,7 @@ def test_if_both_ways_fail_both_are_reported(scripted: ServiceClient, routes: Ti
     assert "Missing model_id" in str(caught.value)
 
 
-def test_an_unusual_optimizer_is_that_of_the_run_that_continues(
+def test_a_continued_run_keeps_an_unusual_optimizer(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     dimuon = {"type": "dimuon", "version": 1}
@@ -240,7 +242,7 @@ def test_runs_continue_on_every_kind_of_server(profile: str) -> None:
             train(trainer)
             path = trainer.save_state("a").result(PATIENCE_S).path
             expected = train(trainer)
-            with ThreadPoolExecutor(4) as pool:  # many concurrently, before it is known how
+            with ThreadPoolExecutor(4) as pool:  # concurrently, before the form is known
                 made = [
                     pool.submit(service.create_training_client_from_state_with_optimizer, path)
                     for _ in range(4)

@@ -1,4 +1,4 @@
-"""Losses of the user's own: traced, uploaded where a server takes them, computed here elsewhere."""
+"""Custom losses: traced, and uploaded if the server accepts them, else computed by the client."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clipped(logprobs: Any, advantages: Any, clip: Any) -> Any:
 
 @pytest.fixture
 def flagged(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceClient]:
-    """A client of a server that takes custom losses."""
+    """A client of a server that accepts custom losses."""
     routes.serve("client/config", Answer(body={"custom_loss_server_side": True}))
     routes.serve("create_custom_loss", accepted("loss-request"))
     routes.results["loss-request"] = Answer(body={"loss_id": "loss-7"})
@@ -57,7 +57,7 @@ def flagged(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceCli
 
 @pytest.fixture
 def in_parts(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[TrainingClient]:
-    """A run on a server that takes one datum at a time."""
+    """A run on a server that takes one datum per request."""
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 1}))
     with ServiceClient(base_url=server.url) as client:
         yield client.create_lora_training_client("base")
@@ -124,12 +124,12 @@ def golden(logprobs: Any, mask: Any, old: Any) -> Any:
 
 
 def test_the_graph_is_the_one_that_the_official_client_sends() -> None:
-    # What tinker 0.38.0 sent for this very function, recorded from outside.
+    # What tinker 0.38.0 sent for this same function, recorded on the wire.
     recorded = json.loads(Path(__file__).with_name("golden_loss.json").read_text())
     assert trace_loss(golden, {"logprobs": 1, "mask": 1, "old": 1}).graph == recorded
 
 
-def test_math_shapes_and_devices_have_a_form_too() -> None:
+def test_math_shapes_and_devices_can_be_traced_too() -> None:
     def loss(logprobs: Any) -> Any:
         half = logprobs.to(device=torch.device("cpu"), memory_format=torch.contiguous_format)
         return half.sum() * math.sqrt(logprobs.shape[0]), {}
@@ -185,7 +185,7 @@ torch.fx.wrap("abs_of")
 
 
 @pytest.mark.parametrize("what", BAD_LOSSES)
-def test_what_cannot_be_a_graph_is_refused_before_anything_is_sent(
+def test_a_function_that_cannot_be_traced_is_refused_before_anything_is_sent(
     scripted: ServiceClient, routes: TinkerRoutes, what: str
 ) -> None:
     fn, ranks, message = BAD_LOSSES[what]
@@ -195,7 +195,7 @@ def test_what_cannot_be_a_graph_is_refused_before_anything_is_sent(
     assert routes.count() == before
 
 
-def test_sixteen_parameters_are_the_most() -> None:
+def test_a_loss_has_at_most_sixteen_parameters() -> None:
     def source(count: int) -> Any:
         names = ["logprobs", *(f"x{i}" for i in range(count - 1))]
         fn = eval(f"lambda {', '.join(names)}: (logprobs.sum(), {{}})")
@@ -223,10 +223,10 @@ def test_threads_may_trace_in_parallel() -> None:
     assert all(graph == graphs[0] for graph in graphs)
 
 
-# Computed here
+# Computed by the client
 
 
-def test_without_the_servers_flag_a_loss_is_computed_here(
+def test_without_the_flag_a_loss_is_computed_by_the_client(
     scripted: ServiceClient, scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     handle = scripted.create_custom_loss(clipped, RANKS)
@@ -251,7 +251,7 @@ def test_without_the_servers_flag_a_loss_is_computed_here(
     assert weights == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]]
 
 
-def test_weights_of_the_first_pass_are_zeros_where_there_are_none(
+def test_the_first_pass_has_weights_of_zero_if_there_are_none(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     data = [datum(1), datum(2, weights=[1.0, 0.0, 1.0])]
@@ -263,7 +263,7 @@ def test_weights_of_the_first_pass_are_zeros_where_there_are_none(
     assert weights == [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
 
 
-def test_the_metrics_of_a_loss_may_be_of_any_kind(scripted_trainer: TrainingClient) -> None:
+def test_the_metrics_of_a_loss_may_be_numbers_of_any_kind(scripted_trainer: TrainingClient) -> None:
     import torch
 
     def loss(data: Any, logprobs: Any) -> Any:
@@ -300,7 +300,7 @@ def test_the_metrics_of_a_loss_may_be_of_any_kind(scripted_trainer: TrainingClie
     assert {type(metrics[name]) for name in ("count", "numpy", "total", "one", "7")} == {float}
 
 
-def test_provenance_goes_along_in_both_passes(
+def test_both_passes_carry_the_provenance(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     spans = [types.PromptProvenanceSpan("q", length=1), types.SampledProvenanceSpan("q", length=2)]
@@ -314,7 +314,7 @@ def test_provenance_goes_along_in_both_passes(
 
 
 @pytest.mark.parametrize("missing", ["advantages", "clip", "target_tokens"])
-def test_an_input_that_the_loss_lacks_is_reported_before_anything_is_sent(
+def test_a_missing_input_of_the_loss_is_reported_before_anything_is_sent(
     scripted: ServiceClient, scripted_trainer: TrainingClient, routes: TinkerRoutes, missing: str
 ) -> None:
     handle = scripted.create_custom_loss(clipped, RANKS)
@@ -329,7 +329,7 @@ def test_an_input_that_the_loss_lacks_is_reported_before_anything_is_sent(
     assert routes.count() == before
 
 
-def test_a_loss_of_another_shape_than_one_number_is_refused(
+def test_a_loss_that_is_not_a_single_number_is_refused(
     scripted: ServiceClient, scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     handle = scripted.create_custom_loss(lambda logprobs: (logprobs * 2, {}), ONE)
@@ -368,7 +368,7 @@ def test_a_name_is_not_taken_for_a_function(scripted_trainer: TrainingClient) ->
 # Uploaded
 
 
-def test_a_server_that_takes_losses_gets_the_graph_and_computes_them(
+def test_a_server_that_accepts_losses_gets_the_graph_and_computes_them(
     flagged: ServiceClient, routes: TinkerRoutes
 ) -> None:
     handle = flagged.create_custom_loss(clipped, RANKS)
@@ -403,12 +403,12 @@ def test_losses_have_seq_ids_and_each_is_created_once(
     with pytest.raises(InvalidInputError, match="'clipped' was created in this session before"):
         flagged.create_custom_loss(clipped, RANKS)
     flagged.create_custom_loss(total, {"logprobs": 1})
-    flagged.create_custom_loss(total, {"logprobs": 2})  # another loss: of other inputs
+    flagged.create_custom_loss(total, {"logprobs": 2})  # another loss, with other inputs
     numbers = [body["custom_loss_seq_id"] for body in routes.submitted("create_custom_loss")]
     assert numbers == [0, 1, 2]
 
 
-def test_an_upload_that_was_interrupted_may_be_tried_again(
+def test_an_interrupted_upload_can_be_repeated(
     flagged: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = APIFuture.result
@@ -425,9 +425,7 @@ def test_an_upload_that_was_interrupted_may_be_tried_again(
     assert flagged.create_custom_loss(clipped, RANKS).loss_id == "loss-7"
 
 
-def test_an_upload_that_failed_may_be_tried_again(
-    flagged: ServiceClient, routes: TinkerRoutes
-) -> None:
+def test_a_failed_upload_can_be_repeated(flagged: ServiceClient, routes: TinkerRoutes) -> None:
     routes.serve(
         "create_custom_loss",
         Answer(400, {"detail": "too many nodes"}),
@@ -456,7 +454,7 @@ def test_a_server_that_does_not_report_its_flags_gets_no_losses(
     assert routes.submitted("create_custom_loss") == []
 
 
-def test_in_another_session_an_uploaded_loss_is_computed_here(
+def test_in_another_session_an_uploaded_loss_is_computed_by_the_client(
     flagged: ServiceClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     handle = flagged.create_custom_loss(clipped, RANKS)
@@ -477,7 +475,7 @@ def number_of(received: Received) -> int:
 
 
 def fail_at(routes: TinkerRoutes, seq_id: int, answer: Answer) -> None:
-    """Have the server refuse the pass of that number."""
+    """Have the server refuse the pass with that number."""
 
     def step(received: Received) -> Answer:
         return answer if number_of(received) == seq_id else routes.accept_pass(received)
@@ -486,7 +484,7 @@ def fail_at(routes: TinkerRoutes, seq_id: int, answer: Answer) -> None:
 
 
 def lose_at(routes: TinkerRoutes, seq_id: int, **failure: Any) -> None:
-    """Have the server accept the pass of that number, and fail it."""
+    """Have the server accept the pass with that number, and fail it."""
 
     def step(received: Received) -> Answer:
         taken = routes.accept_pass(received)
@@ -501,7 +499,9 @@ def both(data: Any, logprobs: Any) -> Any:
     return logprobs[0].sum() + logprobs[1].sum(), {}
 
 
-def test_a_gradient_in_parts_goes_out_whole(in_parts: TrainingClient, routes: TinkerRoutes) -> None:
+def test_a_gradient_in_parts_is_sent_completely(
+    in_parts: TrainingClient, routes: TinkerRoutes
+) -> None:
     data = [datum(1), datum(2)]
     output = in_parts.forward_backward_custom(data, both).result(PATIENCE_S)
     assert passes(routes) == [(1, True), (2, True), (3, False), (4, False)]
@@ -510,7 +510,7 @@ def test_a_gradient_in_parts_goes_out_whole(in_parts: TrainingClient, routes: Ti
 
 
 @pytest.mark.parametrize("how", ["refused", "failed"])
-def test_a_gradient_that_was_added_in_part_ends_training_but_not_saving(
+def test_after_a_partly_added_gradient_the_run_can_be_saved_but_not_trained(
     in_parts: TrainingClient, routes: TinkerRoutes, how: str
 ) -> None:
     if how == "refused":
@@ -518,7 +518,7 @@ def test_a_gradient_that_was_added_in_part_ends_training_but_not_saving(
     else:
         lose_at(routes, 4, error="no more", category="server")
     custom = in_parts.forward_backward_custom([datum(1), datum(2)], both)
-    queued = in_parts.optim_step(ADAM)  # asked for before anyone could know
+    queued = in_parts.optim_step(ADAM)  # requested before the failure was known
     with pytest.raises(IncompleteGradientError, match=r"1 of 2 parts.*no more") as caught:
         custom.result(PATIENCE_S)
     assert isinstance(caught.value.__cause__, (BadRequestError, RequestFailedError))
@@ -538,14 +538,14 @@ def test_a_gradient_that_was_added_in_part_ends_training_but_not_saving(
 
 
 @pytest.mark.parametrize("how", ["refused", "failed"])
-def test_a_gradient_of_which_nothing_was_added_leaves_the_run_usable(
+def test_if_nothing_of_a_gradient_was_added_the_run_stays_usable(
     in_parts: TrainingClient, routes: TinkerRoutes, how: str
 ) -> None:
     if how == "refused":
         fail_at(routes, 3, Answer(400, {"detail": "none of it"}))
         with pytest.raises(BadRequestError, match="none of it"):
             in_parts.forward_backward_custom([datum(1), datum(2)], both).result(PATIENCE_S)
-        assert passes(routes)[2:] == [(3, False)]  # the second part was not sent then
+        assert passes(routes)[2:] == [(3, False)]  # the second part was not sent the first time
     else:
         answers = [Answer(400, {"detail": "none"})] * 2
         routes.serve("forward_backward", routes.accept_pass, routes.accept_pass, *answers)
@@ -575,7 +575,7 @@ def test_a_gradient_in_one_part_is_added_or_not_and_the_run_continues(
     scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
 
 
-def test_a_cancel_does_not_cut_a_gradient_in_parts_short(
+def test_a_cancel_does_not_interrupt_a_gradient_in_parts(
     in_parts: TrainingClient, routes: TinkerRoutes
 ) -> None:
     arrived, go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Batches that can be trained on, but are hardly what is meant, get a warning."""
+"""Batches that can be trained on, but are probably mistakes, get a warning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def warnings_of(data: List[Datum], caplog: pytest.LogCaptureFixture) -> List[str
     ],
     ids=["short", "tensor", "long", "chunks"],
 )  # fmt: skip
-def test_targets_that_are_not_shifted_are_named_with_what_is_meant(
+def test_unshifted_targets_get_a_warning_that_shows_the_right_ones(
     unshifted: Datum, caplog: pytest.LogCaptureFixture
 ) -> None:
     (message,) = warnings_of([datum(), unshifted], caplog)
@@ -52,12 +52,12 @@ def test_targets_that_are_not_shifted_are_named_with_what_is_meant(
     assert "target_tokens = tokens[1:]" in message
 
 
-def test_other_targets_are_in_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_targets_get_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     image = ModelInput([*ModelInput.from_ints([5]).chunks, ImageChunk(b"x", "png")])
     good = [
         datum(),
         datum([5, 7, 8, 9]),
-        datum([3, 3, 3], [3, 3, 3]),  # the same when it is shifted
+        datum([3, 3, 3], [3, 3, 3]),  # shifted or not, they are the same
         datum([3], [3]),
         datum([5], image),
         datum(np.array([[5, 1], [6, 1], [7, 1], [8, 1]])),
@@ -66,7 +66,7 @@ def test_other_targets_are_in_order(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(good, caplog) == []
 
 
-def test_a_batch_without_any_weight_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_without_any_weight_gets_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     nothing = datum(weights=[0.0] * 4)
     (message,) = warnings_of([nothing, nothing], caplog)
     assert "all weights of a batch of 2 are 0" in message
@@ -75,7 +75,7 @@ def test_a_batch_without_any_weight_is_named(caplog: pytest.LogCaptureFixture) -
         assert warnings_of([nothing, other], caplog) == []
 
 
-def test_each_warning_comes_once_in_a_run(
+def test_each_warning_is_given_once_per_run(
     run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = [datum(TOKENS, weights=[0.0] * 4)]
@@ -89,7 +89,7 @@ def test_each_warning_comes_once_in_a_run(
     assert all(run.model_id in message for message in messages)
 
 
-def test_weights_of_0_are_in_order_where_nothing_is_trained_by_them(
+def test_weights_of_0_get_no_warning_if_the_loss_does_not_train_on_them(
     run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("torch")
@@ -100,7 +100,7 @@ def test_weights_of_0_are_in_order_where_nothing_is_trained_by_them(
     assert "weights" not in caplog.text
 
 
-def test_targets_of_a_custom_loss_are_looked_at_too(
+def test_targets_of_a_custom_loss_are_checked_too(
     run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("torch")

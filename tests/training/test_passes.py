@@ -1,4 +1,4 @@
-"""Passes: how batches are cut, and results that look the same whatever the server sends."""
+"""Passes: how batches are cut, and results that are uniform whatever the server sends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sizes(chunks: List[Chunk]) -> List[int]:
     return [len(chunk.data) for chunk in chunks]
 
 
-def test_a_batch_is_cut_by_what_the_server_takes() -> None:
+def test_a_batch_is_cut_by_the_limits_of_the_server() -> None:
     data = [datum() for _ in range(7)]
     assert sizes(cut(data, ServerFlags(), PROTOBUF)) == [7]
     assert sizes(cut(data, ServerFlags(fwdbwd_max_chunk_len=3), PROTOBUF)) == [3, 3, 1]
@@ -63,7 +63,7 @@ def test_a_batch_is_cut_by_what_the_server_takes() -> None:
     assert sizes(cut(data, ServerFlags(fwdbwd_max_chunk_bytes_count=two), PROTOBUF)) == [2, 2, 2, 1]
 
 
-def test_a_batch_is_also_cut_where_the_caller_wants() -> None:
+def test_a_batch_is_also_cut_by_the_limits_of_the_caller() -> None:
     data = [datum() for _ in range(7)]
     flags = ServerFlags(fwdbwd_max_chunk_len=3)
     assert sizes(cut(data, flags, PROTOBUF, breaks=[1, 6])) == [1, 3, 2, 1]
@@ -89,11 +89,11 @@ def test_bodies_keep_to_the_limit_in_either_encoding(length: int) -> None:
             body = codec.encode_forward_backward(request)
             assert len(body) - len(codec.encode_forward_backward(envelope)) <= limit
     assert sizes(cut(data, flags, JSON)) == [4, 4, 2]
-    # While the encoding is not known, the larger one counts.
+    # While the encoding is not known, the larger size counts.
     assert sizes(cut(data, flags, None)) == [4, 4, 2]
 
 
-def test_a_datum_without_a_json_form_is_measured_all_the_same() -> None:
+def test_a_datum_without_a_json_form_is_measured_too() -> None:
     span = PromptProvenanceSpan("s", length=4)
     data = [datum().with_provenance([span], [span])] * 4
     flags = ServerFlags(fwdbwd_max_chunk_bytes_count=2 * data[0].nbytes)
@@ -115,7 +115,7 @@ def test_the_flags_are_requested_with_the_first_pass(
     assert len(server.requests(f"POST {API}{CONFIG}")) <= asked + 1
 
 
-def test_flags_that_cannot_be_had_do_not_keep_a_pass_from_being_sent(
+def test_a_pass_is_sent_even_if_the_flags_cannot_be_fetched(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve(CONFIG, Answer(500, {"detail": "broken"}))
@@ -125,7 +125,7 @@ def test_flags_that_cannot_be_had_do_not_keep_a_pass_from_being_sent(
 
 
 @pytest.mark.usefixtures("without_key")
-def test_a_server_that_asks_for_zstd_gets_it(
+def test_passes_are_compressed_if_the_server_asks_for_zstd(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes, scripted: ServiceClient
 ) -> None:
     plain = routes.accept_pass
@@ -158,10 +158,10 @@ def test_a_result_with_another_number_of_outputs_is_an_error(
         passed.result(PATIENCE_S)
 
 
-def test_a_result_that_lost_its_body_is_no_result(
+def test_a_result_whose_body_was_lost_is_an_error(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
-    # An empty protobuf message has no outputs; a gateway that loses the body makes one.
+    # An empty protobuf message has no outputs; a gateway that drops the body produces one.
     empty = Answer(body=b"", content_type=PROTOBUF.content_type)
     routes.serve("forward_backward", lambda received: routes.accepted("a pass", empty))
     error = trainer.forward_backward([datum()], "cross_entropy").exception(PATIENCE_S)
@@ -169,13 +169,13 @@ def test_a_result_that_lost_its_body_is_no_result(
     assert "0 outputs for a batch of 1 datum" in str(error)
 
 
-def test_the_loss_is_computed_where_the_server_does_not_report_it(
+def test_the_loss_is_computed_if_the_server_does_not_report_it(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)], metrics=None)
     pass_ = trainer.forward_backward([datum(weights=[1, 0.5, 0, 0])], "cross_entropy")
     assert pass_.result(PATIENCE_S).metrics == {"loss:sum": 2.0}
-    # What the server reports counts, and other losses are not known here.
+    # The server's value takes precedence, and the client cannot compute other losses.
     answer_passes(
         routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)], metrics={"loss:sum": 7, "x": 1}
     )
@@ -187,7 +187,7 @@ def test_the_loss_is_computed_where_the_server_does_not_report_it(
 
 
 @pytest.mark.usefixtures("without_key")
-def test_the_loss_of_a_batch_in_parts_is_their_sum(
+def test_the_loss_of_a_batch_is_the_sum_over_its_parts(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve(CONFIG, Answer(body={"fwdbwd_max_chunk_len": 1}))
@@ -213,7 +213,7 @@ def test_the_loss_of_importance_sampling_is_computed_too(
 def test_the_loss_of_importance_sampling_needs_fitting_outputs() -> None:
     datum = rewarded([-1.0, -2.0], [1.0, 0.0])
     unknown = TensorData([-1.0, np.nan], "float32")
-    assert importance_sampling([datum], [{"logprobs": unknown}]) == -1.0  # what does not count
+    assert importance_sampling([datum], [{"logprobs": unknown}]) == -1.0  # does not count
     assert importance_sampling([datum], []) is None
     assert importance_sampling([datum], [{}]) is None
     assert importance_sampling([datum], [{"logprobs": TensorData([-1.0], "float32")}]) is None

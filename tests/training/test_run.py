@@ -1,4 +1,4 @@
-"""TrainingRun and its RunQueue: what a sequence number means to each kind of server."""
+"""TrainingRun and its RunQueue: sequence numbers on each kind of server."""
 
 from __future__ import annotations
 
@@ -65,16 +65,17 @@ def trainer(quick: ServiceClient) -> TrainingClient:
 
 
 def numbers(server: ScriptedServer, routes: TinkerRoutes, since: int = 0) -> List[Tuple[str, int]]:
-    """Route and number of each training request, in the order in which they came."""
+    """Return route and number of each training request, in order of arrival."""
     names = [r.path[len(API) :] for r in server.requests()]
     kept = [n for n in names if n in ("forward_backward", "optim_step") or "_weights" in n]
     return list(zip(kept, routes.seq_ids()))[since:]
 
 
 class Strict:
-    """Counts as TuFT does: only the expected number runs, and only a success counts.
+    """Counts like TuFT: only the expected number runs, and only a success counts.
 
-    Passes with the loss "bad" fail.  *swallow* runs this many requests and loses their responses.
+    Passes with the loss "bad" fail.  *swallow*: execute this many requests and lose their
+    responses.
     """
 
     def __init__(self, routes: TinkerRoutes) -> None:
@@ -112,7 +113,7 @@ class Strict:
 # Servers that do not count what failed
 
 
-def test_the_request_after_a_failed_one_takes_over_its_seq_id(
+def test_the_request_after_a_failed_one_reuses_its_seq_id(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)
@@ -129,7 +130,7 @@ def test_the_request_after_a_failed_one_takes_over_its_seq_id(
     ]
 
 
-def test_everything_in_flight_behind_a_failure_is_done_once_and_in_order(
+def test_all_requests_in_flight_after_a_failure_are_executed_once_and_in_order(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)
@@ -146,7 +147,7 @@ def test_everything_in_flight_behind_a_failure_is_done_once_and_in_order(
     good += [trainer.optim_step(ADAM), trainer.forward_backward([datum(1)], "cross_entropy")]
     bad += [trainer.forward_backward([datum()], "bad")]
     good += [trainer.optim_step(ADAM), trainer.save_state("a")]
-    server.wait_for(f"POST {API}save_weights", 1)  # all are in flight before a failure is known
+    server.wait_for(f"POST {API}save_weights", 1)  # all are in flight before a failure is noticed
     release.set()
     for future in good:
         future.result(PATIENCE_S)
@@ -189,10 +190,10 @@ def test_a_refused_request_that_was_cancelled_is_not_sent_again(
     assert strict.ran == ["optim_step", "forward_backward"]
 
 
-def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
+def test_a_waiting_task_of_the_lane_does_not_prevent_resending(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
-    # As a custom loss does: a plain wait in the lane's thread would wait for itself.
+    # Like a custom loss; a plain wait in the lane's thread would wait for itself.
     strict = Strict(routes)
     run = trainer._run
     bad = trainer.forward_backward([datum()], "bad")
@@ -207,13 +208,13 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
     assert strict.ran == ["forward_backward"]
 
 
-def test_a_result_that_is_lost_with_its_response_is_reported_and_the_run_continues(
+def test_a_result_lost_with_its_response_is_reported_and_the_run_continues(
     scripted: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
     trainer = scripted.create_lora_training_client("base")
     strict = Strict(routes)
-    strict.swallow = 1  # the step is taken, and its answer lost; the retry is one too many
+    strict.swallow = 1  # the step is executed and its answer lost; the retry has a number too many
     with pytest.raises(ResultExpiredError, match="was done") as caught:
         trainer.optim_step(ADAM).result(PATIENCE_S)
     assert "Do not repeat it" in str(caught.value)
@@ -221,7 +222,7 @@ def test_a_result_that_is_lost_with_its_response_is_reported_and_the_run_continu
     assert strict.ran == ["optim_step", "save_weights"]
 
 
-def test_a_server_that_forgot_the_run_gets_nothing_again(
+def test_nothing_is_resent_to_a_server_that_forgot_the_run(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)
@@ -237,7 +238,7 @@ def test_a_server_that_forgot_the_run_gets_nothing_again(
     assert isinstance(caught.value.__cause__, RequestFailedError)
 
 
-def test_a_server_that_never_agrees_is_not_tried_for_ever(
+def test_a_server_that_never_agrees_is_not_retried_forever(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     def refuse(received: Received) -> Answer:
@@ -255,7 +256,9 @@ def test_a_server_that_never_agrees_is_not_tried_for_ever(
     assert numbers(server, routes, 4) == [("optim_step", n) for n in (5, 4, 3, 2)]
 
 
-def test_another_409_is_only_a_failure(trainer: TrainingClient, routes: TinkerRoutes) -> None:
+def test_any_other_409_is_an_ordinary_failure(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
     taken = Answer(409, {"detail": "expected 20 tensors, got 21"})
     routes.serve("save_weights", lambda received: routes.accepted("save_weights", taken))
     with pytest.raises(RequestFailedError, match="20 tensors"):
@@ -275,7 +278,7 @@ def test_bad_input_never_loses_the_run(profile: str) -> None:
             results: List[Any] = [future.result(PATIENCE_S) for future in good]
             assert isinstance(bad.exception(PATIENCE_S), TinkexError)
             step = trainer.train_step([datum()], "cross_entropy", ADAM)
-            # One step was taken between the first two passes, none between the last two.
+            # One step was executed between the first two passes, none between the last two.
             losses = [r.metrics["loss:sum"] for r in (results[0], results[2])]
             assert losses[1] < losses[0]
             assert step.forward_backward.metrics["loss:sum"] == losses[1]
@@ -285,9 +288,9 @@ def test_bad_input_never_loses_the_run(profile: str) -> None:
 
 
 class FirstBodyWins:
-    """Knows a request by its number alone, as hatchery-core does; loses the first answer.
+    """Identifies a request by its number alone, like hatchery-core; loses the first answer.
 
-    *lost* comes in its place.
+    The client gets *lost* in its place.
     """
 
     def __init__(self, routes: TinkerRoutes, lost: Answer) -> None:
@@ -308,7 +311,7 @@ class FirstBodyWins:
 
 
 def lose_answers(trainer: TrainingClient, routes: TinkerRoutes) -> APIConnectionError:
-    """Have a step sent whose answers are all lost."""
+    """Send a step whose answers are all lost."""
     routes.serve("optim_step", NO_ANSWER)
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert isinstance(error, APIConnectionError)
@@ -328,7 +331,7 @@ def test_the_same_call_again_is_the_same_request(
     assert routes.seq_ids()[-2:] == [1, 2]
 
 
-def test_another_call_first_sends_again_what_was_lost(
+def test_another_call_first_resends_the_lost_request(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     lose_answers(trainer, routes)
@@ -340,10 +343,10 @@ def test_another_call_first_sends_again_what_was_lost(
 
 
 @pytest.mark.parametrize("status", [None, 500, 502, 503, 504, 520])
-def test_the_response_to_another_body_is_not_taken(
+def test_the_response_to_another_body_is_not_accepted(
     trainer: TrainingClient, routes: TinkerRoutes, status: Optional[int]
 ) -> None:
-    # The gateway's error came after the server had taken the request.
+    # The gateway answered with an error after the server had accepted the request.
     lost = NO_ANSWER if status is None else Answer(status, b"", content_type="text/html")
     first = FirstBodyWins(routes, lost)
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
@@ -363,7 +366,7 @@ def test_a_request_that_breaks_the_server_does_not_block_the_run(
     routes.serve("optim_step", Answer(500, {"detail": "it breaks the server"}))
     assert isinstance(trainer.optim_step(ADAM).exception(PATIENCE_S), InternalServerError)
     assert trainer.save_state("a").result(PATIENCE_S).path == PATH
-    # Number 1 is used up by a pass without effect, whether the step was taken or not.
+    # A pass without effect uses up number 1, whether or not the step was executed.
     (filler,) = routes.submitted("forward_backward")
     assert filler.forward_only
     assert filler.seq_id == 1
@@ -385,7 +388,7 @@ def test_a_seq_id_that_cannot_be_filled_blocks_the_run(
     assert routes.submitted("save_weights")[0]["seq_id"] == 2
 
 
-def test_nothing_overtakes_a_request_that_may_have_been_taken(
+def test_nothing_overtakes_a_request_that_may_have_been_executed(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     lose_answers(trainer, routes)
@@ -401,10 +404,10 @@ def test_nothing_overtakes_a_request_that_may_have_been_taken(
 @pytest.mark.parametrize(
     ("answer", "number"),
     [
-        (Answer(409, {"detail": "number 1 was used"}), 2),  # it had been taken
-        (Answer(422, {"detail": "what is this"}), 2),  # read, and refused for good
-        (Answer(413, {"detail": "too large"}), 1),  # not taken, and never will be
-        (Answer(500, {"detail": "it breaks the server"}), 2),  # given up, and the number filled
+        (Answer(409, {"detail": "number 1 was used"}), 2),  # it had been executed
+        (Answer(422, {"detail": "what is this"}), 2),  # read, and finally refused
+        (Answer(413, {"detail": "too large"}), 1),  # not accepted, and never will be
+        (Answer(500, {"detail": "it breaks the server"}), 2),  # given up, and its number filled
     ],
 )
 def test_the_response_to_the_lost_request_decides_on_its_seq_id(
@@ -416,7 +419,7 @@ def test_the_response_to_the_lost_request_decides_on_its_seq_id(
     assert routes.seq_ids()[-1] == number
 
 
-def test_the_same_call_that_finds_its_seq_id_used_is_not_done_twice(
+def test_a_repeated_call_whose_seq_id_was_used_is_not_executed_twice(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     lose_answers(trainer, routes)
@@ -432,12 +435,12 @@ def test_the_same_call_that_finds_its_seq_id_used_is_not_done_twice(
 @pytest.mark.parametrize(
     ("answer", "error", "number"),
     [
-        (Answer(400, {"detail": "no"}), BadRequestError, 2),  # read: used up
-        (Answer(401, {"detail": "no"}), AuthenticationError, 1),  # turned away before
+        (Answer(400, {"detail": "no"}), BadRequestError, 2),  # read, so used up
+        (Answer(401, {"detail": "no"}), AuthenticationError, 1),  # turned away unread
         (Answer(501, {"detail": "no such thing"}), InternalServerError, 1),
     ],
 )
-def test_a_seq_id_is_used_by_what_the_server_has_read(
+def test_a_request_uses_its_seq_id_if_the_server_has_read_it(
     trainer: TrainingClient, routes: TinkerRoutes, answer: Answer, error: Any, number: int
 ) -> None:
     routes.serve("optim_step", answer)
@@ -446,7 +449,9 @@ def test_a_seq_id_is_used_by_what_the_server_has_read(
     assert routes.seq_ids()[-1] == number
 
 
-def test_what_cannot_be_sent_uses_no_seq_id(trainer: TrainingClient, routes: TinkerRoutes) -> None:
+def test_a_request_that_cannot_be_sent_uses_no_seq_id(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
     class Unsendable(EndpointRequest[Any]):
         def send(self, channel: Any = None) -> types.UntypedFuture:
             raise CredentialError("the credential command failed")
@@ -457,7 +462,7 @@ def test_what_cannot_be_sent_uses_no_seq_id(trainer: TrainingClient, routes: Tin
     assert routes.seq_ids() == [1]
 
 
-def test_a_response_that_cannot_be_read_uses_the_seq_id(
+def test_an_unreadable_response_uses_the_seq_id(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("optim_step", Answer(body={"what": "is this"}))
@@ -466,7 +471,7 @@ def test_a_response_that_cannot_be_read_uses_the_seq_id(
     assert routes.seq_ids() == [1, 2]
 
 
-def test_a_server_that_was_never_reached_has_taken_nothing(
+def test_a_server_that_was_never_reached_has_executed_nothing(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
@@ -478,7 +483,7 @@ def test_a_server_that_was_never_reached_has_taken_nothing(
     assert not error.maybe_taken
 
 
-def test_a_request_without_a_seq_id_waits_for_all_before_it(
+def test_a_request_without_a_seq_id_waits_for_all_earlier_ones(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)
@@ -496,7 +501,7 @@ def test_a_request_without_a_seq_id_waits_for_all_before_it(
 
 
 @pytest.mark.parametrize("status", [404, 409, 410])
-def test_an_unload_whose_response_was_lost_is_done(
+def test_an_unload_whose_response_was_lost_counts_as_done(
     server: ScriptedServer,
     routes: TinkerRoutes,
     status: int,
@@ -521,7 +526,7 @@ def test_an_unload_that_is_refused_at_first_fails(
 # Errors that repeat
 
 
-def test_a_5xx_that_repeats_names_the_route_that_is_broken(
+def test_the_error_about_a_repeated_5xx_names_the_broken_route(
     trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
@@ -534,7 +539,7 @@ def test_a_5xx_that_repeats_names_the_route_that_is_broken(
     assert "broken" not in str(trainer.optim_step(ADAM).exception(PATIENCE_S))
 
 
-def test_a_poll_that_breaks_again_and_again_names_its_route(
+def test_the_error_about_a_poll_that_keeps_breaking_names_its_route(
     trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
@@ -544,7 +549,7 @@ def test_a_poll_that_breaks_again_and_again_names_its_route(
     assert "its route POST /api/v1/retrieve_future is broken" in str(error)
 
 
-def test_an_unnamed_save_that_is_repeated_keeps_its_sampling_session_seq_id(
+def test_a_repeated_unnamed_save_keeps_its_sampling_session_seq_id(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: List[Any] = []

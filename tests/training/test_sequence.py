@@ -1,4 +1,4 @@
-"""SequenceRules: which seq_id each request gets, without threads, server or clock."""
+"""SequenceRules: the seq_id of each request, tested without threads, server or clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Message(NamedTuple):
 
 
 class Events:
-    """Sends requests, named by letters, with the outcome given; keeps what came of it."""
+    """Sends requests, named by letters, with a given outcome; records the resulting actions."""
 
     def __init__(self, first_seq_id: int = 1) -> None:
         self.rules: SequenceRules[str, Message] = SequenceRules(first_seq_id)
@@ -55,7 +55,7 @@ class Events:
         return self.rules.send_failed(request, seq_id, outcome)
 
     def must_wait(self, request: str) -> bool:
-        """Whether the lost request must be resent before *request*."""
+        """Return whether the lost request must be resent before *request*."""
         return self.rules.before_send(Message("/step", (request, self.rules.begin()))) is None
 
 
@@ -106,13 +106,13 @@ def test_a_conflict_after_a_request_that_was_turned_away_moves_on_to_the_next_se
     assert events.send("b", Outcome.CONFLICT) is Action.REPORT  # this one is about b itself
 
 
-def test_what_was_accepted_clears_an_earlier_rejection(events: Events) -> None:
+def test_an_accepted_request_clears_an_earlier_rejection(events: Events) -> None:
     events.send("a", Outcome.UNREAD)
     events.send("b")
     assert events.send("c", Outcome.CONFLICT) is Action.REPORT
 
 
-def test_the_body_of_what_was_accepted_is_not_kept(events: Events) -> None:
+def test_the_body_of_an_accepted_request_is_not_kept(events: Events) -> None:
     class Body:
         pass
 
@@ -138,7 +138,7 @@ def test_a_lost_request_keeps_its_seq_id_for_its_own_body(events: Events, outcom
     assert not events.must_wait("a")
 
 
-def test_the_same_body_is_sent_as_it_was_the_first_time(events: Events) -> None:
+def test_a_lost_request_is_resent_with_its_first_body(events: Events) -> None:
     first = Message("/step", "x", key="first")
     events.rules.begin()
     assert events.rules.before_send(first) is first
@@ -147,7 +147,7 @@ def test_the_same_body_is_sent_as_it_was_the_first_time(events: Events) -> None:
     assert events.rules.before_send(Message("/other", "x")) is None
 
 
-def test_the_same_call_again_is_a_new_owner_of_the_lost_request(events: Events) -> None:
+def test_a_repeated_call_takes_over_the_lost_request(events: Events) -> None:
     events.send("a", Outcome.UNKNOWN)
     events.send("a'", Outcome.UNKNOWN)
     assert events.rules.lost is not None
@@ -168,7 +168,7 @@ def test_the_same_call_again_is_a_new_owner_of_the_lost_request(events: Events) 
         (Outcome.NOT_ACCEPTED, Action.REPORT, 1, False),
     ],
 )
-def test_the_same_call_after_a_lost_response(
+def test_a_repeated_call_after_a_lost_response(
     events: Events,
     outcome: Optional[Outcome],
     action: Optional[Action],
@@ -213,7 +213,7 @@ def test_another_call_after_a_lost_response(
         *[(o, LostAction.REPORT, 1) for o in (Outcome.NOT_ACCEPTED, Outcome.NOT_SENT)],
     ],
 )
-def test_only_a_filler_that_was_read_uses_the_seq_id_of_the_lost_request(
+def test_a_filler_uses_the_seq_id_of_the_lost_request_only_if_it_was_read(
     events: Events, outcome: Outcome, action: LostAction, next_seq_id: int
 ) -> None:
     events.send("a", Outcome.UNKNOWN)
@@ -224,7 +224,7 @@ def test_only_a_filler_that_was_read_uses_the_seq_id_of_the_lost_request(
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.CRASHED])
-def test_a_filler_that_may_have_been_executed_has_to_be_confirmed(
+def test_a_filler_that_may_have_been_executed_must_be_confirmed(
     events: Events, outcome: Outcome
 ) -> None:
     events.send("a", Outcome.UNKNOWN)
@@ -235,7 +235,7 @@ def test_a_filler_that_may_have_been_executed_has_to_be_confirmed(
     assert events.rules.lost_failed(Outcome.NOT_ACCEPTED) is LostAction.FILL
 
 
-def test_a_lost_request_that_was_lost_again_and_never_accepted_needs_no_filler(
+def test_a_request_that_was_lost_again_and_never_accepted_needs_no_filler(
     events: Events,
 ) -> None:
     events.send("a", Outcome.UNKNOWN)
@@ -244,7 +244,7 @@ def test_a_lost_request_that_was_lost_again_and_never_accepted_needs_no_filler(
     assert events.rules.next_seq_id == 1
 
 
-def test_a_filler_of_one_lost_request_is_none_of_the_next(events: Events) -> None:
+def test_a_filler_for_one_lost_request_does_not_count_for_the_next(events: Events) -> None:
     for request in "ab":
         events.send(request)
     events.send("c", Outcome.UNKNOWN)
@@ -259,7 +259,7 @@ def test_a_lost_request_that_is_accepted_has_used_its_seq_id(events: Events) -> 
     events.send("a", Outcome.UNKNOWN)
     events.rules.lost_accepted()
     assert events.rules.lost is None
-    assert not events.rules.in_flight  # its future has failed: nothing polls for it
+    assert not events.rules.in_flight  # its future has failed, so nothing polls for it
     assert not events.must_wait("b")
     assert events.rules.next_seq_id == 2
 
@@ -284,12 +284,12 @@ def in_flight(events: Events, requests: str) -> None:
         events.send(request)
 
 
-def test_what_is_refused_for_its_seq_id_is_resent_in_order_once_nothing_is_in_flight(
+def test_requests_refused_for_their_seq_id_are_resent_in_order_once_nothing_is_in_flight(
     events: Events,
 ) -> None:
     in_flight(events, "abcd")
     rules = events.rules
-    rules.settled("a", done=False)  # it failed, and is not counted
+    rules.settled("a", done=False)  # it failed, so the server does not count it
     assert rules.out_of_order("c", 3, 1) is Action.RESEND_LATER
     assert rules.out_of_order("b", 2, 1) is Action.RESEND_LATER
     assert rules.has_refused
@@ -301,7 +301,7 @@ def test_what_is_refused_for_its_seq_id_is_resent_in_order_once_nothing_is_in_fl
     assert not rules.has_refused
 
 
-def test_a_request_that_is_refused_when_it_is_sent_is_resent_too(events: Events) -> None:
+def test_a_request_refused_on_submission_is_resent_too(events: Events) -> None:
     in_flight(events, "a")
     events.rules.settled("a", done=False)
     assert events.rules.out_of_order("b", events.rules.begin(), 1) is Action.RESEND_LATER
@@ -325,20 +325,20 @@ def test_a_later_seq_id_means_that_an_earlier_attempt_was_executed(events: Event
     assert events.rules.next_seq_id == 3
 
 
-def test_the_same_call_again_that_was_executed_is_not_lost_any_more(events: Events) -> None:
+def test_a_repeated_call_that_was_executed_is_no_longer_lost(events: Events) -> None:
     events.send("a", Outcome.UNKNOWN)
     assert events.rules.out_of_order("a'", events.rules.begin(), 2) is Action.REPORT_DONE
     assert events.rules.lost is None
 
 
-def test_a_server_that_expects_what_is_done_has_lost_the_run(events: Events) -> None:
+def test_a_server_that_expects_the_seq_id_of_finished_work_has_lost_the_run(events: Events) -> None:
     in_flight(events, "ab")
     events.rules.settled("a", done=True)
     assert events.rules.out_of_order("b", 2, 1) is Action.REPORT_LOST_RUN
     assert not events.rules.has_refused
 
 
-def test_a_request_that_was_withdrawn_is_not_resent(events: Events) -> None:
+def test_a_withdrawn_request_is_not_resent(events: Events) -> None:
     in_flight(events, "ab")
     events.rules.out_of_order("a", 2, 1)
     events.rules.out_of_order("b", 3, 1)
@@ -346,7 +346,7 @@ def test_a_request_that_was_withdrawn_is_not_resent(events: Events) -> None:
     assert events.rules.take_resends() == ["b"]
 
 
-def test_settling_what_is_not_in_flight_changes_nothing(events: Events) -> None:
+def test_settling_a_request_that_is_not_in_flight_changes_nothing(events: Events) -> None:
     events.rules.settled("a", done=True)
     in_flight(events, "b")
     events.rules.settled("b", done=True)
@@ -401,7 +401,7 @@ def test_what_an_error_means_for_the_seq_id(error: BaseException, outcome: Outco
         (ConflictError("Sequence conflict: expected 22, got 21.", status=409), 22),
         (RequestFailedError("Future failed: Sequence conflict: expected 20, got 21"), 20),
         (RequestFailedError("expected 20, got 21", status=409), 20),
-        (RequestFailedError("expected 20, got 21"), None),  # tensors, for all that is known
+        (RequestFailedError("expected 20, got 21"), None),  # may be about tensors
         (ConflictError("expected 20, got 19", status=409), None),  # about another request
         (ConflictError("expected 21, got 21", status=409), None),
         (ConflictError("the seq_id was used", status=409), None),
@@ -415,11 +415,11 @@ def test_the_seq_id_that_a_server_expects_is_found_in_its_message(
     assert expected_seq_id(error, 21) == expected
 
 
-# All of it, against servers that count differently and lose what they can
+# All rules together, against servers that count differently and lose messages
 
 
 class Call:
-    """A call of the user; the same call made again has the same *name*."""
+    """A call of the user; a repeated call has the same *name*."""
 
     def __init__(self, name: str, fails: bool = False) -> None:
         self.name = name
@@ -431,29 +431,30 @@ class Call:
         return bool(self.outcomes)
 
     def settle(self, outcome: str) -> None:
-        if self.outcomes != ["cancelled"]:  # a result may come after a cancel
+        if self.outcomes != ["cancelled"]:  # a result may arrive after a cancel
             self.outcomes.append(outcome)
 
 
 class Failed(Exception):
-    """What the client sees instead of an acceptance."""
+    """What the client sees if a request is not accepted."""
 
     def __init__(self, outcome: Outcome, expected: Optional[int] = None) -> None:
         self.outcome = outcome
         self.expected = expected
 
 
-#: What may happen to a request on its way; the last three after the server has taken it.
+#: What may happen to a request; the last three happen after the server has accepted it.
 FATES = ["arrives"] * 6
 FATES += ["unread", "too large", "refused", "lost", "crashes", "mute", "dies", "misreported"]
 
 
 class Server:
-    """Executes calls as one kind of server does.
+    """Executes calls like one kind of server.
 
     kind: ``"ordered"`` waits for a missing seq_id, and rejects a second body; ``"first"`` returns
-    the first result of a seq_id whatever the body is; ``"strict"`` counts successes only, and fails
-    what has another seq_id, at once (``"strict, 409"``) or when it is polled for.
+        the first result of a seq_id whatever the body is; ``"strict"`` counts only successes, and
+        fails a request with any other seq_id, immediately (``"strict, 409"``) or when it is polled
+        for.
     """
 
     def __init__(self, kind: str) -> None:
@@ -464,7 +465,7 @@ class Server:
         self._fails: Set[str] = set()
 
     def receive(self, seq_id: int, name: str, fails: bool, fate: str) -> Callable[[], Any]:
-        """Return what a poll gives; raise Failed if it is not accepted."""
+        """Return a function that polls for the result; raise Failed if the call is not accepted."""
         known = seq_id in self.results or (self.kind.startswith("strict") and name in self.executed)
         if fate == "unread" or (fate == "misreported" and self.kind != "ordered"):
             raise Failed(Outcome.UNREAD)
@@ -527,7 +528,7 @@ class Server:
 
 
 class Client:
-    """Does what RunQueue does, on one thread and without a network."""
+    """Behaves like RunQueue, on one thread and without a network."""
 
     def __init__(self, server: Server, draw: Callable[[List[Any]], Any]) -> None:
         self.rules: SequenceRules[Call, Message] = SequenceRules()
@@ -631,7 +632,7 @@ class Client:
 @pytest.mark.parametrize("kind", ["ordered", "first", "strict", "strict, 409"])
 @settings(max_examples=300, deadline=None)
 @given(chances=st.randoms(use_true_random=True))
-def test_calls_are_executed_once_at_most_and_in_order_and_settled_once(
+def test_calls_are_executed_at_most_once_in_order_and_settled_once(
     kind: str, chances: random.Random
 ) -> None:
     draw = chances.choice
@@ -642,7 +643,7 @@ def test_calls_are_executed_once_at_most_and_in_order_and_settled_once(
         last = calls[-1] if calls else None
         lost = client.rules.lost
         if lost is not None and lost.request is last and draw([True, False]):
-            call = Call(last.name, last.fails)  # the same call again
+            call = Call(last.name, last.fails)  # the same call repeated
         else:
             call = Call(f"{number:02}", fails=draw([False, False, True]))
         calls.append(call)
@@ -656,7 +657,7 @@ def test_calls_are_executed_once_at_most_and_in_order_and_settled_once(
     last = Call("99")
     client.send(last)
     client.finish()
-    assert last.outcomes == ["succeeds"]  # the run goes on
+    assert last.outcomes == ["succeeds"]  # the run continues
     assert all(len(call.outcomes) == 1 for call in calls)
     assert server.executed == sorted(set(server.executed))
     assert {call.name for call in calls if call.outcomes == ["succeeds"]} <= set(server.executed)

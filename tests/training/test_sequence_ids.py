@@ -1,7 +1,7 @@
-"""Nothing is done twice, whatever a server makes of numbers and whichever answers are lost.
+"""No work is done twice, however a server treats numbers and whichever answers are lost.
 
 A run is driven at random against four kinds of servers (docs/servers.md), each of which loses some
-requests before they are done and some answers after.
+requests before executing them and some answers afterwards.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from tinkex.errors import (
 )
 from tinkex.wire.codec import codec_for
 
-#: A step with a learning rate from here on fails.
+#: Steps with this learning rate or a higher one fail.
 BAD = 0.5
 
 #: Stands for a pass without effect.
 FILLER = -1.0
 
-#: What comes in place of an answer that is lost.
+#: What the client gets in place of a lost answer.
 SILENCE = [Answer(drop=True)]
 ERRORS = [Answer(500, {"detail": "gateway"}), Answer(503, b"", content_type="text/html")]
 
 
-#: What a call fails with whose answers were all lost.
+#: The errors of a call whose answers were all lost.
 UNANSWERED = (APIConnectionError, InternalServerError)
 
 
 class Counting:
     """Steps of one run, distinguished by their learning rates, on one kind of server.
 
-    kind: ``"waits"`` for a number that is left out (the embedded server), runs in order of
-    ``"arrival"`` (SkyRL), knows the ``"first"`` body of a number only (hatchery-core), or is
-    ``"strict"`` (TuFT): it counts successes, and nothing else.
-    lost: the choice of what comes in place of an answer that is lost.
+    kind: ``"waits"`` for a missing number (the embedded server), runs in order of ``"arrival"``
+        (SkyRL), knows only the ``"first"`` body of a number (hatchery-core), or is ``"strict"``
+        (TuFT): it counts nothing but successes.
+    lost: the possible replacements of a lost answer.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Counting:
         self._next = 1
         self._seen: Dict[int, Tuple[bytes, Answer]] = {}
         self._early: Dict[int, float] = {}
-        # Several connections bring requests; the run's own order is that of its lane.
+        # Requests arrive over several connections; only those of the run's lane are in order.
         self._lock = threading.Lock()
         for route in ("optim_step", "forward_backward", "forward"):
             routes.serve(route, self.accept)
@@ -72,9 +72,9 @@ class Counting:
             chance = self._chances.random() if self.losing else 1.0
             lost = self._chances.choice(self._lost) if len(self._lost) > 1 else self._lost[0]
             if self._lost is ERRORS and 0.9 < chance < 1.0 and rate != FILLER:
-                self._broken.add(rate)  # whatever becomes of it, the answer is 500 from now on
+                self._broken.add(rate)  # whatever happens to it, its answer is 500 from now on
             if chance < 0.2:
-                return lost  # before it was done
+                return lost  # before it was executed
             answer = self._take(received, seq_id, rate)
             if rate in self._broken:
                 return ERRORS[0]
@@ -118,13 +118,13 @@ class Counting:
 
 
 def _read(received: Received) -> Tuple[int, float]:
-    """The number of a request, and the learning rate of its step."""
+    """Return the number of a request, and the learning rate of its step."""
     if received.path.endswith("optim_step"):
         body = received.json()
         return body["seq_id"], body["adam_params"]["learning_rate"]
     codec = codec_for(received.headers["content-type"])
     filler = codec.decode_forward_backward(received.body)
-    assert filler.forward_only  # nothing else is sent but to fill a number
+    assert filler.forward_only  # the only other requests fill numbers
     return filler.seq_id, FILLER
 
 
@@ -139,12 +139,12 @@ def three_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("lost", [SILENCE, ERRORS], ids=["silence", "errors"])
 @pytest.mark.parametrize("kind", ["waits", "arrival", "first", "strict"])
-def test_every_step_is_taken_once_at_most_and_in_order(
+def test_every_step_is_executed_at_most_once_and_in_order(
     server: ScriptedServer, routes: TinkerRoutes, kind: str, lost: List[Answer], seed: int
 ) -> None:
     chances = random.Random(f"{kind} {seed}")
     steps = Counting(kind, routes, random.Random(seed), lost)
-    succeeded: List[float] = []  # whose results came back
+    succeeded: List[float] = []  # steps whose results arrived
     with ServiceClient(base_url=server.url) as service:
         trainer = service.create_lora_training_client("base")
         for burst in range(12):
@@ -156,7 +156,7 @@ def test_every_step_is_taken_once_at_most_and_in_order(
             futures = [trainer.optim_step(types.AdamParams(learning_rate=r)) for r in rates]
             for rate, future in zip(rates, futures):
                 error = future.exception(PATIENCE_S)
-                for _ in range(10):  # the same call again, where it is the last one
+                for _ in range(10):  # repeats the call while it is the last one
                     again = len(rates) == 1 and isinstance(error, UNANSWERED)
                     if not again or chances.random() < 0.5:
                         break
@@ -164,12 +164,12 @@ def test_every_step_is_taken_once_at_most_and_in_order(
                     error = future.exception(PATIENCE_S)
                 if error is None:
                     metrics = future.result().metrics
-                    assert metrics == {"learning_rate:mean": rate}  # its own, not another's
+                    assert metrics == {"learning_rate:mean": rate}  # its own result, not another's
                     succeeded.append(rate)
                 else:
                     assert isinstance(error, (*UNANSWERED, ResultExpiredError)) or (
                         rate >= BAD and isinstance(error, RequestFailedError)
                     ), repr(error)
-    assert succeeded[-1] == 0.4  # the run goes on
+    assert succeeded[-1] == 0.4  # the run continues
     assert steps.ran == sorted(set(steps.ran))  # in order, none twice
     assert set(succeeded) <= set(steps.ran)

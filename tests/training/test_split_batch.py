@@ -1,4 +1,4 @@
-"""A batch in several requests is added to the gradient as a unit, or the run refuses to step."""
+"""A batch of several requests is added to the gradient as a unit, or the run refuses to step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def batch(count: int = 6) -> List[types.Datum]:
 
 @pytest.fixture
 def trainer(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[TrainingClient]:
-    """A run on a server that takes two datums at a time."""
+    """A run on a server that takes two datums per request."""
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 2}))
     with ServiceClient(base_url=server.url, max_outage_s=0.1, wire="protobuf") as client:
         yield client.create_lora_training_client("base")
@@ -118,14 +118,14 @@ def test_until_the_batch_is_complete_the_run_takes_no_step(embedded: TrainingCli
         embedded.forward_backward_custom(data, lambda d, p: (p[0].sum(), {})).result(PATIENCE_S)
 
 
-def test_the_same_call_again_sends_only_what_is_missing(
+def test_a_repeated_call_sends_only_the_missing_parts(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     at(routes, 2, Answer(400, {"detail": "datum 1 is bad"}))
     data = batch()
     error = trainer.forward_backward(data, "cross_entropy", {"a": 1}).exception(PATIENCE_S)
     assert "datum 3 is bad" in str(error)
-    data[3] = datum(500)  # instead of the bad one
+    data[3] = datum(500)  # replaces the bad datum
     passed = trainer.forward_backward(data, "cross_entropy", {"a": 1})
     trainer.optim_step(ADAM).result(PATIENCE_S)
     output = passed.result(PATIENCE_S)
@@ -137,14 +137,14 @@ def test_the_same_call_again_sends_only_what_is_missing(
     assert routes.seq_ids() == [1, 2, 3, 4, 5]
 
 
-def test_what_is_missing_may_be_left_out_of_the_batch(
+def test_the_missing_parts_may_be_left_out_of_the_batch(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     at(routes, 2, Answer(400, {"detail": "no"}))
     trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
     step = trainer.train_step(batch()[:2], "cross_entropy", ADAM)
     assert step.forward_backward.metrics == {"loss:sum": 2.0}
-    assert len(routes.submitted("forward_backward")) == 2  # the good one and the bad one
+    assert len(routes.submitted("forward_backward")) == 2  # the good part and the bad one
     assert len(routes.submitted("optim_step")) == 1
 
 
@@ -170,7 +170,7 @@ def test_a_part_whose_response_was_lost_is_resent_under_its_seq_id(
     at(routes, 2, answer)
     error = trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
     assert "Call forward_backward with the batch again" in str(error)
-    changed = [*batch()[:3], *batch()[:1]]  # would add the lost part, and then another one
+    changed = [*batch()[:3], *batch()[:1]]  # resending the lost part would add its data twice
     refused = trainer.forward_backward(changed, "cross_entropy").exception(PATIENCE_S)
     assert isinstance(refused, IncompleteGradientError)
     routes.serve("forward_backward", routes.accept_pass)
@@ -185,13 +185,13 @@ def test_after_another_request_a_lost_part_is_not_sent_again(
     at(routes, 2, Answer(503))
     trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
     routes.serve("forward_backward", routes.accept_pass)
-    trainer.save_state("a").result(PATIENCE_S)  # first sends the lost part, whose result is lost
+    trainer.save_state("a").result(PATIENCE_S)  # first resends the lost part, whose result is lost
     error = trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
     assert isinstance(error, IncompleteGradientError)
     assert "Call forward_backward" not in str(error)
 
 
-def test_a_part_of_which_nothing_is_known_is_not_sent_again(
+def test_a_part_whose_outcome_is_unknown_is_not_resent(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     def step(received: Received) -> Answer:
@@ -208,7 +208,7 @@ def test_a_part_of_which_nothing_is_known_is_not_sent_again(
     assert routes.seq_ids() == [1, 2, 3]
 
 
-def test_every_batch_that_was_added_in_part_must_be_completed(
+def test_every_partly_added_batch_must_be_completed(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     all_sent = threading.Event()
@@ -236,10 +236,10 @@ def test_every_batch_that_was_added_in_part_must_be_completed(
     assert [d for request in sent[4:] for d in request.data] == [*batch(4)[2:], *batch(8)[6:]]
 
 
-def test_the_same_call_again_is_cut_where_the_batch_was(
+def test_a_repeated_call_is_cut_at_the_same_places(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
-    # While the encoding is not known, the larger of the two decides where a batch is cut.
+    # While the encoding is not known, the larger encoding decides where a batch is cut.
     limits = {"fwdbwd_max_chunk_len": 1000, "fwdbwd_max_chunk_bytes_count": 5000}
     routes.serve("client/config", Answer(body=limits))
     weights = np.full(100, 1 / 3, dtype=np.float32)
@@ -254,11 +254,11 @@ def test_the_same_call_again_is_cut_where_the_batch_was(
         data[-1] = datum(500)  # is much smaller
         trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
     added, refused, *rest = routes.submitted("forward_backward")
-    assert [len(request.data) for request in (added, refused)] == [2, 2]  # as protobuf, 3
+    assert [len(request.data) for request in (added, refused)] == [2, 2]  # in protobuf: 3
     assert [d for request in (added, *rest) for d in request.data] == data
 
 
-def test_a_lost_part_after_one_that_failed_is_not_sent_twice(
+def test_a_lost_part_after_a_failed_one_is_not_sent_twice(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     arrived = threading.Event()
@@ -274,8 +274,8 @@ def test_a_lost_part_after_one_that_failed_is_not_sent_twice(
 
     routes.serve("forward_backward", step)
     for _ in range(2):
-        # To send the first part, which the server must do, it would have to send the second one,
-        # of which that is not known, before; and then again.
+        # To complete the batch, the client would first have to resend the lost second part, whose
+        # outcome is unknown, and then send it once more.
         error = trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
         assert isinstance(error, IncompleteGradientError)
         assert "0 of 3 parts" in str(error)
@@ -283,7 +283,7 @@ def test_a_lost_part_after_one_that_failed_is_not_sent_twice(
     assert sorted({*routes.seq_ids()}) == [1, 2]
 
 
-def test_after_a_lost_part_another_batch_waits_for_what_became_of_the_others(
+def test_after_a_lost_part_another_batch_waits_for_the_outcome_of_the_other_parts(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 2}))
@@ -305,7 +305,7 @@ def test_after_a_lost_part_another_batch_waits_for_what_became_of_the_others(
         passed = trainer.forward_backward(batch(4), "cross_entropy")
         other = trainer.forward_backward(batch(1), "cross_entropy")
         server.wait_for(PASS, 2)
-        # Left are the first part, its batch and the other batch.
+        # In flight remain the first part, its batch and the other batch.
         wait_until(lambda: len(client.inflight()) == 3, "the second part is given up")
         go_on.set()
         for future in (passed, other):
@@ -315,7 +315,7 @@ def test_after_a_lost_part_another_batch_waits_for_what_became_of_the_others(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_poll_that_is_refused_does_not_show_what_became_of_the_work(
+def test_a_refused_poll_does_not_show_the_outcome_of_the_work(
     trainer: TrainingClient, routes: TinkerRoutes, status: int
 ) -> None:
     def step(received: Received) -> Answer:
@@ -342,7 +342,7 @@ def test_loading_a_checkpoint_drops_the_gradient_and_the_run_continues(
         embedded.forward_backward([*data[:3], datum(2000)], "cross_entropy").result(PATIENCE_S)
     path = embedded.save_state("rescue").result(PATIENCE_S).path
     loaded = embedded.load_state_with_optimizer(path)
-    step = embedded.optim_step(ADAM)  # asked for before the checkpoint was loaded
+    step = embedded.optim_step(ADAM)  # requested before the checkpoint was loaded
     loaded.result(PATIENCE_S)
     assert step.result(PATIENCE_S).metrics == {"grad_norm:mean": 0.0, "optimizer_steps:max": 1.0}
     again = embedded.train_step(data, "cross_entropy", ADAM)
@@ -350,7 +350,7 @@ def test_loading_a_checkpoint_drops_the_gradient_and_the_run_continues(
     assert again.optim.metrics == {"grad_norm:mean": 0.5, "optimizer_steps:max": 2.0}
 
 
-def test_a_load_that_fails_leaves_the_gradient_incomplete(
+def test_a_failed_load_leaves_the_gradient_incomplete(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     at(routes, 2, Answer(400, {"detail": "no"}))
@@ -385,7 +385,7 @@ def test_an_optimizer_step_that_was_submitted_with_the_batch_is_not_sent(
     assert trainer.forward(batch(), "cross_entropy").result(PATIENCE_S).loss_fn_outputs
 
 
-def test_after_a_part_that_failed_no_more_are_sent(
+def test_after_a_failed_part_no_further_parts_are_sent(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     at(routes, 2, Answer(400, {"detail": "no"}))
@@ -399,7 +399,7 @@ def test_after_a_part_that_failed_no_more_are_sent(
 
 
 @pytest.mark.parametrize("answer", [Answer(500), Answer(503), Answer(drop=True)])
-def test_a_part_that_may_have_been_taken_counts_as_added(
+def test_a_part_that_may_have_been_executed_counts_as_added(
     trainer: TrainingClient, routes: TinkerRoutes, answer: Answer
 ) -> None:
     at(routes, 1, answer)
@@ -413,7 +413,7 @@ def test_a_part_that_may_have_been_taken_counts_as_added(
 
 
 @pytest.mark.parametrize("how", ["refused", "failed"])
-def test_a_batch_of_which_nothing_was_added_fails_as_any_other(
+def test_a_batch_of_which_nothing_was_added_fails_like_any_other(
     trainer: TrainingClient, routes: TinkerRoutes, how: str
 ) -> None:
     refused = Answer(400, {"detail": "none of it"})
@@ -424,7 +424,7 @@ def test_a_batch_of_which_nothing_was_added_fails_as_any_other(
     with pytest.raises((BadRequestError, RequestFailedError), match="none of it"):
         passed.result(PATIENCE_S)
     with pytest.raises((BadRequestError, RequestFailedError), match="none of it"):
-        trainer.train_step(batch(), "cross_entropy", ADAM)  # and takes no step without a gradient
+        trainer.train_step(batch(), "cross_entropy", ADAM)  # no step without a gradient
     assert routes.submitted("optim_step") == []
     routes.serve("forward_backward", routes.accept_pass)
     trainer.train_step(batch(), "cross_entropy", ADAM)
@@ -442,7 +442,7 @@ def test_a_datum_that_cannot_be_encoded_is_found_before_anything_is_sent(
     assert routes.seq_ids() == [1, 2, 3, 4]
 
 
-def test_a_batch_that_is_cancelled_in_the_queue_is_not_sent(
+def test_a_batch_cancelled_in_the_queue_is_not_sent(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     go_on = threading.Event()
@@ -473,14 +473,14 @@ def test_the_optimizer_step_is_sent_once_all_parts_are_done(
 
     routes.serve("retrieve_future", held)
     passed, step = trainer.forward_backward(batch(), "cross_entropy"), trainer.optim_step(ADAM)
-    server.wait_for(PASS, 3)  # without waiting for results
+    server.wait_for(PASS, 3)  # sent without waiting for results
     release.set()
     step.result(PATIENCE_S)
     assert passed.result(PATIENCE_S).metrics == {"loss:sum": 6.0}
     assert routes.seq_ids() == [1, 2, 3, 4]
 
 
-def test_a_cancel_does_not_cut_a_batch_short(
+def test_a_cancel_does_not_interrupt_a_batch(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     arrived, go_on = threading.Event(), threading.Event()
@@ -501,7 +501,7 @@ def test_a_cancel_does_not_cut_a_batch_short(
     assert routes.seq_ids() == [1, 2, 3, 4]
 
 
-def test_a_cancelled_batch_that_was_added_in_part_is_not_forgotten(
+def test_a_partly_added_batch_is_not_forgotten_if_it_is_cancelled(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     arrived, go_on = threading.Event(), threading.Event()
@@ -521,14 +521,14 @@ def test_a_cancelled_batch_that_was_added_in_part_is_not_forgotten(
         trainer.optim_step(ADAM).result(PATIENCE_S)
 
 
-def test_a_batch_of_a_client_that_closes_fails_with_that(
+def test_a_batch_of_a_closing_client_fails_with_a_closed_error(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 2}))
     pending = Answer(body={"type": "try_again"}, hold=threading.Event())
     routes.serve("retrieve_future", pending)
     client = ServiceClient(base_url=server.url, wire="protobuf")
-    routes.serve("retrieve_future", routes.retrieve, pending)  # the run is made, no more
+    routes.serve("retrieve_future", routes.retrieve, pending)  # the run is created, nothing more
     trainer = client.create_lora_training_client("base")
     passed, step = trainer.forward_backward(batch(), "cross_entropy"), trainer.optim_step(ADAM)
     server.wait_for(PASS, 3)
@@ -541,11 +541,11 @@ def test_a_batch_of_a_client_that_closes_fails_with_that(
 
 
 @pytest.mark.parametrize("call", ["forward", "forward_backward"])
-def test_an_index_is_the_callers(embedded: TrainingClient, call: str) -> None:
+def test_errors_use_the_callers_index(embedded: TrainingClient, call: str) -> None:
     data = [*batch(5), datum(2000)]
     error = getattr(embedded, call)(data, "cross_entropy").exception(PATIENCE_S)
     assert "datum 5: model_input holds token 2003" in str(error)
-    # Without a gradient the run is as it was.
+    # Nothing was added, so the run is unchanged.
     step = embedded.optim_step(ADAM).exception(PATIENCE_S)
     assert (step is None) == (call == "forward")
 
@@ -560,7 +560,7 @@ def test_an_index_is_the_callers(embedded: TrainingClient, call: str) -> None:
         ("metadata 3 and 2 data", "metadata 3 and 2 data (in data[4:6] of the batch)"),
     ],
 )  # fmt: skip
-def test_an_index_of_a_part_becomes_one_of_the_batch(message: str, expected: str) -> None:
+def test_an_index_within_a_part_becomes_one_within_the_batch(message: str, expected: str) -> None:
     cause = ValueError("x")
     error = BadRequestError(message, status=400, hint="Look.")
     error.__cause__ = cause
@@ -577,7 +577,7 @@ def test_an_index_of_a_part_becomes_one_of_the_batch(message: str, expected: str
     assert in_indices_of_batch(other, 4, 6) is other
 
 
-def test_logprobs_that_are_nan_are_named_by_the_callers_index(
+def test_warnings_about_nan_logprobs_use_the_callers_index(
     trainer: TrainingClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = {"logprobs": {"data": [-1.0] * 4, "dtype": "float32", "shape": [4]}}

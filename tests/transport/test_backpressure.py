@@ -1,4 +1,4 @@
-"""Back-pressure: quotas, the limit of unread futures, 429, and what a user sees of all that."""
+"""Back-pressure: quotas, the limit on unread futures, 429s, and what the user sees of them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def waiting(quota: Quota) -> int:
 # Quotas
 
 
-def test_a_quota_grants_while_no_more_than_the_whole_is_in_use() -> None:
+def test_a_quota_grants_requests_while_its_size_is_not_exceeded() -> None:
     quota = Quota("things", 10, str)
     quota.acquire(10, never)
-    quota.acquire(5, never)  # docs/protocol.md, "Back-pressure": what is left may become negative
+    quota.acquire(5, never)  # docs/protocol.md, "Back-pressure": the rest may become negative
     with ThreadPoolExecutor(1) as pool:
         third = pool.submit(quota.acquire, 1, never)
         wait_until(lambda: waiting(quota) == 1, "the third waits")
@@ -57,7 +57,7 @@ def test_a_quota_grants_while_no_more_than_the_whole_is_in_use() -> None:
     assert quota.describe() == "things: 11 of 10 in flight"
 
 
-def test_what_is_larger_than_the_whole_passes_and_the_next_waits_for_it() -> None:
+def test_a_request_larger_than_the_quota_passes_and_the_next_waits_for_it() -> None:
     quota = Quota("things", 10, str)
     quota.acquire(1000, never)
     with ThreadPoolExecutor(1) as pool:
@@ -67,7 +67,7 @@ def test_what_is_larger_than_the_whole_passes_and_the_next_waits_for_it() -> Non
         small.result(PATIENCE_S)
 
 
-def test_turns_come_in_order() -> None:
+def test_waiting_callers_are_served_in_order() -> None:
     quota = Quota("things", 0, str)
     quota.acquire(1, never)
     order: List[int] = []
@@ -104,12 +104,12 @@ def test_stopping_ends_a_wait_and_takes_nothing() -> None:
     assert quota.describe() == "things: 1 of 0 in flight"
 
 
-def test_ctrl_c_just_as_the_turn_comes_passes_it_on() -> None:
+def test_ctrl_c_at_the_moment_of_the_grant_passes_the_grant_on() -> None:
     quota = Quota("things", 0, str)
     quota.acquire(1, never)
 
     def interrupted() -> bool:
-        quota.release(1)  # this very moment it is granted
+        quota.release(1)  # grants it at this very moment
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_ctrl_c_just_as_the_turn_comes_passes_it_on() -> None:
     assert quota.describe() == "things: 0 of 0 in flight"
 
 
-def test_two_hundred_threads_share_a_quota_and_leave_nothing() -> None:
+def test_two_hundred_threads_share_a_quota_and_release_all_of_it() -> None:
     size, largest = 100, 40
     quota = Quota("things", size, str)
     lock = threading.Lock()
@@ -161,7 +161,7 @@ def test_a_wait_shows_in_the_status_of_the_future() -> None:
 # Sizes
 
 
-def test_the_servers_flags_bound_what_the_caller_asks_for(server: ScriptedServer) -> None:
+def test_the_callers_limits_are_bounded_by_the_flags(server: ScriptedServer) -> None:
     flags = {
         "sample_dispatch_bytes_semaphore_size": 1000,
         "fwdbwd_dispatch_bytes_semaphore_size": 2000,
@@ -172,7 +172,7 @@ def test_the_servers_flags_bound_what_the_caller_asks_for(server: ScriptedServer
         limits = resources.limits
         assert (limits.samples.size, limits.results.size) == (5000, 52_428_800)
         flags_for(resources.transport)
-        assert limits.sample_bytes(3) == 30  # looks at the flags, too
+        assert limits.sample_bytes(3) == 30  # reads the flags, too
     sizes = [q.size for q in (limits.samples, limits.batches, limits.results)]
     assert sizes == [1000, 7, 52_428_800]
 
@@ -199,7 +199,7 @@ def test_settings_are_checked(server: ScriptedServer, setting: Any) -> None:
         quick_config(server, **setting)
 
 
-# UnreadLimit futures
+# Unread futures
 
 
 def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> UnreadLimit:
@@ -208,7 +208,7 @@ def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> Unr
     )
 
 
-def test_beyond_the_bound_a_call_waits_until_something_is_read() -> None:
+def test_beyond_the_limit_a_call_waits_until_a_future_is_read() -> None:
     limit = unread(2)
     limit.acquire("sample")
     limit.acquire("sample")
@@ -221,7 +221,7 @@ def test_beyond_the_bound_a_call_waits_until_something_is_read() -> None:
     assert limit._count == 2
 
 
-def test_beyond_the_bound_a_call_raises_if_that_is_wanted() -> None:
+def test_beyond_the_limit_a_call_raises_if_requested() -> None:
     limit = unread(1, raises=True)
     limit.acquire("sample")
     with pytest.raises(BackpressureError, match="max_unread = 1") as caught:
@@ -246,8 +246,10 @@ def test_a_wait_for_reads_is_reported_in_the_log(caplog: pytest.LogCaptureFixtur
     assert "1 results are unread (max_unread = 1)" in caplog.text
 
 
-def test_a_thread_that_may_wait_for_itself_is_warned(caplog: pytest.LogCaptureFixture) -> None:
-    """Whether another thread will read cannot be known, so it is no error."""
+def test_a_thread_that_may_be_waiting_for_itself_gets_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another thread may still read, which cannot be known, so this is not an error."""
     limit = unread(1, notice_after_s=0.002)
 
     def submit_two() -> None:
@@ -261,7 +263,7 @@ def test_a_thread_that_may_wait_for_itself_is_warned(caplog: pytest.LogCaptureFi
         assert "Only this thread, alone, has submitted requests" in caplog.text
         assert "it waits forever. Read some with result()" in caplog.text
         assert alone.is_alive()
-        limit.release()  # another thread reads after all
+        limit.release()  # another thread has read after all
         alone.join(PATIENCE_S)
         assert not alone.is_alive()
         caplog.clear()
@@ -270,7 +272,7 @@ def test_a_thread_that_may_wait_for_itself_is_warned(caplog: pytest.LogCaptureFi
             wait_until(lambda: "sample has waited for" in caplog.text, "it is logged")
             limit.release()
             third.result(PATIENCE_S)
-        assert "for ever" not in caplog.text  # two threads submit: another one can read
+        assert "for ever" not in caplog.text  # two threads submit, so another one can read
 
 
 def test_closing_ends_every_wait_for_reads() -> None:
@@ -285,7 +287,7 @@ def test_closing_ends_every_wait_for_reads() -> None:
                 wait.result(PATIENCE_S)
 
 
-def test_two_hundred_threads_never_exceed_the_bound() -> None:
+def test_two_hundred_threads_never_exceed_the_limit() -> None:
     limit = unread(7)
     lock = threading.Lock()
     inside, most = 0, 0
@@ -309,7 +311,7 @@ def test_two_hundred_threads_never_exceed_the_bound() -> None:
     assert limit._count == 0
 
 
-def test_a_future_is_read_by_its_result_a_callback_or_its_end(
+def test_a_future_counts_as_read_by_result_by_a_callback_or_when_collected(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as service:
@@ -318,7 +320,7 @@ def test_a_future_is_read_by_its_result_a_callback_or_its_end(
         with pytest.raises(BackpressureError):
             sampler.sample(PROMPT)
         first.result(PATIENCE_S)
-        first.result(PATIENCE_S)  # it is read once
+        first.result(PATIENCE_S)  # reading it counts once
         second = sampler.sample(PROMPT)
         with pytest.raises(BackpressureError):
             sampler.sample(PROMPT)
@@ -344,7 +346,9 @@ def test_a_future_is_read_by_its_result_a_callback_or_its_end(
     assert len(routes.submitted("asample")) == 4
 
 
-def test_the_parts_of_a_batch_take_no_places(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_the_parts_of_a_batch_do_not_count_as_unread_futures(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 1}))
     with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as service:
         trainer = service.create_lora_training_client("base")
@@ -357,7 +361,7 @@ def test_the_parts_of_a_batch_take_no_places(server: ScriptedServer, routes: Tin
 # 429
 
 
-def test_after_a_back_off_few_go_at_a_time() -> None:
+def test_after_a_back_off_few_requests_are_sent_at_a_time() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     assert not limiter.throttled
@@ -377,7 +381,7 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
     assert not limiter.throttled
 
 
-def test_a_429_during_the_wait_for_a_place_is_waited_for_too() -> None:
+def test_a_429_during_the_wait_for_a_slot_is_waited_out_too() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     limiter.back_off(2.0)
@@ -393,7 +397,7 @@ def test_a_429_during_the_wait_for_a_place_is_waited_for_too() -> None:
     assert pauses == [2.0, 3.0]
 
 
-def test_no_more_than_few_are_sent_at_once_after_a_429(
+def test_few_requests_are_sent_concurrently_after_a_429(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     go = threading.Event()
@@ -425,7 +429,7 @@ def test_no_more_than_few_are_sent_at_once_after_a_429(
     assert most == 10
 
 
-def test_a_429_is_raised_at_once_if_that_is_wanted(
+def test_a_429_is_raised_immediately_if_requested(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     slow = Answer(429, {"detail": "slow down"}, headers={"Retry-After": "30"})
@@ -443,9 +447,7 @@ def test_a_429_is_raised_at_once_if_that_is_wanted(
     assert len(routes.submitted("asample")) == 1
 
 
-def test_a_run_waits_after_429_whatever_is_wanted(
-    server: ScriptedServer, routes: TinkerRoutes
-) -> None:
+def test_a_run_always_waits_after_a_429(server: ScriptedServer, routes: TinkerRoutes) -> None:
     routes.serve("optim_step", Answer(429, headers={"Retry-After": "0.02"}), routes.accept)
     with ServiceClient(base_url=server.url, on_backpressure="raise") as service:
         trainer = service.create_lora_training_client("base")
@@ -453,7 +455,7 @@ def test_a_run_waits_after_429_whatever_is_wanted(
     assert len(routes.submitted("optim_step")) == 2
 
 
-def test_a_future_that_the_server_holds_back_says_so_and_close_ends_it_at_once(
+def test_a_rate_limited_future_says_so_and_close_ends_it_immediately(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve("asample", Answer(429, headers={"Retry-After": "50"}))
@@ -483,7 +485,7 @@ def test_batches_of_several_runs_share_a_quota(
 
     with ServiceClient(base_url=server.url, max_batch_bytes=1) as service:
         runs = [service.create_lora_training_client("base") for _ in range(2)]
-        runs[0].forward_backward(BATCH, "cross_entropy").result(PATIENCE_S)  # the encoding is known
+        runs[0].forward_backward(BATCH, "cross_entropy").result(PATIENCE_S)  # settles the encoding
         routes.serve("forward_backward", held)
         first = runs[0].forward_backward(BATCH, "cross_entropy")
         server.wait_for("POST /api/v1/forward_backward", 2)
@@ -498,7 +500,7 @@ def test_batches_of_several_runs_share_a_quota(
 LARGE = types.SamplingParams(max_tokens=1_000_000)
 
 
-def test_large_results_are_fetched_one_after_the_other(
+def test_large_results_are_fetched_one_at_a_time(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     go = threading.Event()
@@ -532,7 +534,7 @@ def test_large_results_are_fetched_one_after_the_other(
 def test_close_ends_a_wait_for_the_quota_at_once(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # no thread looks without being woken
+    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # threads check only when woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
         quota = service._runtime.resources.limits.samples

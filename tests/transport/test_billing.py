@@ -1,4 +1,4 @@
-"""BillingPause: while the account cannot pay, everybody waits, but not for ever."""
+"""BillingPause: while the account cannot pay, all callers wait, but not forever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.errors import APIConnectionError, BillingError
 
 
 class Flags:
-    """A sender whose server's flags name a limit, which *find* returns."""
+    """A sender whose server's flags give the limit that *find* returns."""
 
     def __init__(self, find: Callable[[], float]) -> None:
         self.find = find
@@ -38,7 +38,7 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pause(BillingPause):
-    """A pause for as long as *find* returns."""
+    """A pause whose limit *find* returns."""
 
     def __init__(self, clock: ManualClock, find: Callable[[], float]) -> None:
         super().__init__("host:80", clock)
@@ -56,7 +56,7 @@ def levels(caplog: pytest.LogCaptureFixture) -> List[str]:
     return [record.levelname for record in caplog.records]
 
 
-def test_it_is_waited_until_the_limit_and_reported_once_a_minute(
+def test_the_pause_lasts_until_the_limit_and_is_reported_once_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = ManualClock()
@@ -72,7 +72,7 @@ def test_it_is_waited_until_the_limit_and_reported_once_a_minute(
     assert levels(caplog)[3:] == ["ERROR"]
 
 
-def test_a_402_long_after_the_last_one_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_402_long_after_the_last_one_begins_a_new_pause(caplog: pytest.LogCaptureFixture) -> None:
     clock = ManualClock()
     found = pause(clock, limit_s=10.0)
     assert found.again() == PAUSE_S
@@ -83,13 +83,13 @@ def test_a_402_long_after_the_last_one_begins_anew(caplog: pytest.LogCaptureFixt
     assert levels(caplog) == ["WARNING", "WARNING"]
 
 
-def test_the_limit_is_requested_once_and_not_by_the_question_itself() -> None:
+def test_the_limit_is_requested_once_even_if_that_request_gets_402() -> None:
     clock = ManualClock()
     asked: List[int] = []
 
     def ask() -> float:
         asked.append(1)
-        assert found.again() == PAUSE_S  # the question is answered with 402, too
+        assert found.again() == PAUSE_S  # the request for the flags gets 402, too
         return 7.0
 
     found = Pause(clock, ask)

@@ -1,4 +1,4 @@
-"""Channel: one connection pool that another thread can break off."""
+"""Channel: a connection pool that another thread can abort."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def post(channel: Channel, server: ScriptedServer, path: str = "/x") -> requests
     )
 
 
-def test_a_connection_is_used_again(channel: Channel, server: ScriptedServer) -> None:
+def test_a_connection_is_reused(channel: Channel, server: ScriptedServer) -> None:
     server.on("POST /x", Answer())
     for _ in range(5):
         assert post(channel, server).status == 200
@@ -86,7 +86,7 @@ def test_nothing_is_read_from_the_environment(
 HOLDS = {
     "before the answer": Answer(hold=threading.Event()),
     "in the middle of a body": Answer(body=b"x" * 100, cut_after=10, hold=threading.Event()),
-    # http.client lets go of the socket here, while the body is still being read.
+    # http.client releases the socket here while the body is still being read.
     "in the body of a last answer": Answer(
         body=b"x" * 100, cut_after=10, hold=threading.Event(), headers={"Connection": "close"}
     ),
@@ -94,7 +94,7 @@ HOLDS = {
 
 
 @pytest.mark.parametrize("where", HOLDS)
-def test_abort_breaks_off_a_read_at_once(
+def test_abort_interrupts_a_read_immediately(
     channel: Channel, server: ScriptedServer, where: str
 ) -> None:
     server.on("POST /x", HOLDS[where])
@@ -144,7 +144,7 @@ def test_close_closes_idle_connections(channel: Channel, server: ScriptedServer)
 
 
 def test_a_proxy_is_used_and_its_connections_can_be_aborted(server: ScriptedServer) -> None:
-    # The scripted server plays the proxy: it gets requests for absolute URLs.
+    # The scripted server acts as the proxy: it gets requests for absolute URLs.
     channel = Channel(quick_config(server, base_url="http://far.example", proxy=server.url), 1)
     server.on("POST http://far.example/x", Answer(), Answer(hold=threading.Event()))
     first = channel.request("POST", "http://far.example/x", headers={}, body=b"", timeout=(5, 5))
@@ -163,7 +163,7 @@ def test_a_proxy_is_used_and_its_connections_can_be_aborted(server: ScriptedServ
 def test_a_socks_proxy_is_used_and_its_connections_can_be_aborted(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # PySocks is an extra of requests; this stands in for it.  The server plays server and proxy.
+    # PySocks is an extra of requests; this stands in for it.  The server acts as server and proxy.
     proxies: List[Tuple[Any, Any]] = []
 
     def connect(target: Any, **options: Any) -> socket.socket:

@@ -36,7 +36,7 @@ def test_defaults_are_the_hosted_service_without_a_key() -> None:
     assert config.wire == "auto"
 
 
-def test_the_environment_fills_what_is_not_given() -> None:
+def test_the_environment_supplies_missing_settings() -> None:
     config = resolve(
         {
             "TINKER_BASE_URL": "http://server:8080/prefix/",
@@ -53,7 +53,7 @@ def test_the_environment_fills_what_is_not_given() -> None:
     assert config.ca_bundle == "/certificates.pem"
 
 
-def test_keywords_win_over_the_environment_and_none_is_not_given() -> None:
+def test_keywords_win_over_the_environment_and_none_counts_as_missing() -> None:
     environ = {"TINKER_BASE_URL": "http://env", "TINKER_API_KEY": "env", "TINKER_TAGS": "env"}
     config = resolve(environ, base_url="http://given", api_key="given", tags=["given"])
     assert (config.base_url, config.api_key, config.tags) == ("http://given", "given", ("given",))
@@ -66,7 +66,7 @@ def test_empty_variables_count_as_unset() -> None:
     assert config == resolve()
 
 
-def test_it_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", "before")
     monkeypatch.setenv("https_proxy", "http://before:3128")
     headers, metadata = {"X-A": "1"}, {"k": "v"}
@@ -130,7 +130,7 @@ def test_a_bad_value_is_a_config_error_that_names_it(setting: str, value: Any) -
     assert named in str(caught.value)
 
 
-def test_a_key_from_a_file_loses_its_line_end() -> None:
+def test_a_newline_at_the_end_of_a_key_is_removed() -> None:
     assert resolve(api_key=f"{KEY}\n").api_key == KEY
     assert resolve({"TINKER_API_KEY": f" {KEY}\r\n"}).api_key == KEY
 
@@ -154,7 +154,7 @@ def test_the_key_is_in_no_repr_and_no_error() -> None:
         ("me:hunter2@host", "the server's address"),
     ],
 )
-def test_a_wrong_base_url_comes_with_what_is_probably_meant(base_url: str, hint: str) -> None:
+def test_the_error_about_a_wrong_base_url_suggests_the_right_one(base_url: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(base_url=base_url)
     assert hint in str(caught.value.hint)
@@ -204,7 +204,7 @@ def test_a_given_proxy_wins() -> None:
     assert resolve(base_url="http://127.0.0.1:1", proxy=PROXY).proxy == PROXY
 
 
-def test_ca_variables_are_asked_in_order() -> None:
+def test_ca_variables_are_read_in_order() -> None:
     environ = {"CURL_CA_BUNDLE": "/curl", "SSL_CERT_FILE": "/ssl"}
     assert resolve(environ, base_url="http://h").ca_bundle == "/curl"
     environ["REQUESTS_CA_BUNDLE"] = "/requests"
@@ -212,7 +212,7 @@ def test_ca_variables_are_asked_in_order() -> None:
     assert resolve(environ, base_url="http://h", ca_bundle="/given").ca_bundle == "/given"
 
 
-def test_a_missing_ca_bundle_is_named_where_it_would_be_used(tmp_path: Any) -> None:
+def test_a_missing_ca_bundle_is_named_if_it_would_be_used(tmp_path: Any) -> None:
     missing = str(tmp_path / "ca.pem")
     with pytest.raises(ConfigError, match=r"ca\.pem"):
         resolve(base_url="https://h", ca_bundle=missing)
@@ -228,7 +228,7 @@ def test_a_missing_ca_bundle_is_named_where_it_would_be_used(tmp_path: Any) -> N
         ("http://host:8080/a/b", "host:8080"),
     ],
 )
-def test_host_and_port_are_spelt_out(base_url: str, expected: str) -> None:
+def test_host_and_port_are_explicit(base_url: str, expected: str) -> None:
     assert resolve(base_url=base_url).host_and_port == expected
 
 
@@ -253,7 +253,7 @@ def test_tags_may_be_given_as_one_string() -> None:
         ("http://my_host.", "http://my_host."),
     ],
 )
-def test_a_base_url_is_kept_as_requests_are_sent(given: str, used: str) -> None:
+def test_a_base_url_is_stored_in_the_form_that_requests_use(given: str, used: str) -> None:
     config = resolve(base_url=given)
     assert config.base_url == used
     assert Config(used).base_url == Config(given).base_url == used
@@ -299,7 +299,7 @@ def test_a_proxy_may_lack_its_scheme(given: str, used: Any) -> None:
 
 
 @pytest.mark.parametrize("proxy", ["ftp://proxy", "http://", "http://u:hunter2@my proxy", 3128])
-def test_what_is_no_proxy_is_refused_and_not_shown(proxy: Any) -> None:
+def test_an_invalid_proxy_is_refused_and_not_shown(proxy: Any) -> None:
     with pytest.raises(ConfigError, match="proxy") as caught:
         resolve(base_url="https://h", proxy=proxy)
     assert "hunter2" not in str(caught.value)
@@ -318,7 +318,7 @@ def test_a_socks_proxy_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve(base_url="https://h", proxy="socks5h://proxy:1080")
 
 
-def test_a_ca_bundle_may_lie_in_the_home_folder(
+def test_the_path_of_a_ca_bundle_may_begin_with_a_tilde(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -334,7 +334,7 @@ def test_a_missing_ca_bundle_is_found_whatever_the_case_of_the_scheme() -> None:
         resolve(base_url="HTTPS://h", ca_bundle="/nowhere/ca.pem")
 
 
-def test_numbers_may_be_numpys() -> None:
+def test_settings_may_be_numpy_numbers() -> None:
     config = resolve(
         base_url="http://h",
         read_timeout_s=np.float32(2.5),
@@ -367,25 +367,25 @@ def test_numbers_may_be_numpys() -> None:
         ("prices", 5),
     ],
 )
-def test_a_value_of_another_type_is_refused_by_name(setting: str, value: Any) -> None:
+def test_a_value_of_the_wrong_type_is_refused_by_name(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=setting):
         resolve(**{setting: value})
 
 
-def test_the_environment_may_end_its_lines() -> None:
+def test_variables_may_end_with_a_newline() -> None:
     environ = {"TINKER_BASE_URL": "http://h\n", "TINKER_PROJECT_ID": "p1\n"}
     config = resolve(environ)
     assert (config.base_url, config.project_id) == ("http://h", "p1")
 
 
 @pytest.mark.parametrize("make", [tinkex.ServiceClient, tinkex.RestClient, tinkex.AdminClient])
-def test_an_address_without_its_name_is_refused_with_the_remedy(make: Any) -> None:
+def test_a_base_url_without_its_keyword_is_refused_with_the_remedy(make: Any) -> None:
     with pytest.raises(TinkexError) as caught:
         make("http://localhost:8080")
     assert "base_url=" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("make", [tinkex.ServiceClient, tinkex.RestClient])
-def test_a_dict_is_no_config(make: Any) -> None:
+def test_a_dict_is_not_accepted_as_a_config(make: Any) -> None:
     with pytest.raises(InvalidInputError, match="config is of type dict"):
         make(config={"base_url": "http://h"})

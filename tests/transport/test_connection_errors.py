@@ -1,4 +1,4 @@
-"""The error where no response arrives, and its length."""
+"""The error when no response arrives, and its length."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ def test_tls_to_a_port_that_never_completes_the_handshake(server: ScriptedServer
     assert not caught.value.maybe_taken
 
 
-def test_without_a_base_url_the_default_is_named_as_such() -> None:
+def test_without_a_base_url_the_error_names_the_default_as_such() -> None:
     error = requests.ConnectionError("no server there")
     text = str(connection_error(Config(base_url=DEFAULT_BASE_URL), SUBMIT, error, str))
     assert f"{DEFAULT_BASE_URL} is the default" in text
     assert "TINKER_BASE_URL" in text
 
 
-def test_a_server_without_the_first_route_makes_the_url_suspect(server: ScriptedServer) -> None:
+def test_if_the_server_lacks_the_first_route_the_error_suspects_the_url(
+    server: ScriptedServer,
+) -> None:
     server.on("POST /api/v1/api/v1/create_session", Answer(404))
     with pytest.raises(NotFoundError, match=r"Is base_url \S+/api/v1 right"):
         ServiceClient(base_url=f"{server.url}/api/v1")
 
 
-def test_an_unreachable_server_is_reported_without_the_insides_of_libraries(
+def test_an_unreachable_server_is_reported_without_library_internals(
     server: ScriptedServer,
 ) -> None:
     server.close()
@@ -61,7 +63,7 @@ def test_an_unreachable_server_is_reported_without_the_insides_of_libraries(
     assert "requests/" not in text
 
 
-def test_causes_that_are_not_ours_keep_their_traceback() -> None:
+def test_foreign_causes_keep_their_traceback() -> None:
     def raise_from(cause: Exception, error: Exception) -> Exception:
         try:
             try:
@@ -85,7 +87,7 @@ def test_causes_that_are_not_ours_keep_their_traceback() -> None:
     assert error.__cause__ is ours
 
 
-def test_causes_may_go_in_a_circle() -> None:
+def test_causes_may_form_a_cycle() -> None:
     first, second = APIConnectionError("one"), APIConnectionError("two")
     first.__cause__, second.__cause__ = second, first
     forget_frames(first)
@@ -93,7 +95,9 @@ def test_causes_may_go_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("of_a_thread", [False, True])
-def test_what_cannot_be_sent_at_all_is_no_outage(server: ScriptedServer, of_a_thread: bool) -> None:
+def test_a_request_that_cannot_be_sent_at_all_is_not_an_outage(
+    server: ScriptedServer, of_a_thread: bool
+) -> None:
     impossible = Request("POST", "/api/v1/asample", b"{}", headers={"X-Name": "two\nlines"})
     with open_transport(server) as transport:
         channel = transport.open_connection() if of_a_thread else None

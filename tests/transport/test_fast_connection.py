@@ -1,4 +1,4 @@
-"""PrivateChannel: what it sends, what it takes, and what it refuses, byte by byte."""
+"""PrivateChannel: what it sends, accepts and refuses, byte by byte."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def server() -> Iterator[ScriptedServer]:
         yield scripted
 
 
-def test_what_is_sent() -> None:
+def test_the_bytes_of_a_request() -> None:
     with RawServer(OK) as server:
         connection = opened(server.url)
         answer = ask(connection, server.url, b"body", Accept="a/b", X="ü")
@@ -57,7 +57,7 @@ def test_what_is_sent() -> None:
     ]
 
 
-def test_a_post_without_a_body_says_so() -> None:
+def test_a_post_without_a_body_has_content_length_zero() -> None:
     with RawServer(OK) as server:
         connection = opened(server.url)
         connection.request("POST", server.url + "/p", headers={}, body=None, timeout=PATIENCE)
@@ -110,7 +110,9 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
         (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
     ],
 )
-def test_every_way_to_send_a_body(answer: bytes, body: bytes, piece: Optional[int]) -> None:
+def test_every_kind_of_body_is_sent_completely(
+    answer: bytes, body: bytes, piece: Optional[int]
+) -> None:
     with RawServer(answer, piece=piece) as server:
         connection = opened(server.url)
         got = ask(connection, server.url)
@@ -146,7 +148,7 @@ def test_headers_are_lower_case_and_joined() -> None:
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", "after 2 of 5 bytes"),
     ],
 )
-def test_a_broken_answer_is_an_error_that_says_why(answer: bytes, words: str) -> None:
+def test_a_broken_answer_is_an_error_with_the_reason(answer: bytes, words: str) -> None:
     with RawServer(answer, OK) as server:
         connection = opened(server.url)
         with pytest.raises(requests.RequestException) as caught:
@@ -195,7 +197,7 @@ def test_unsolicited_bytes_are_not_the_next_response() -> None:
         assert server.connections == 2
 
 
-def test_a_body_that_is_refused_unread_gets_the_servers_answer() -> None:
+def test_the_answer_to_a_body_refused_unread_is_received() -> None:
     refusal = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig"
 
     def refuse(connection: socket.socket, index: int) -> None:
@@ -203,14 +205,14 @@ def test_a_body_that_is_refused_unread_gets_the_servers_answer() -> None:
         connection.sendall(refusal)
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(1 << 20):
-            pass  # or an RST could overtake the answer
+            pass  # otherwise an RST could overtake the answer
 
     with LoopbackServer(refuse) as server:
         answer = ask(opened(server.url), server.url, b"x" * 5_000_000)
     assert (answer.status, answer.body) == (413, b"big")
 
 
-def test_abort_breaks_off_what_is_in_flight_and_what_comes(server: ScriptedServer) -> None:
+def test_abort_ends_the_request_in_flight_and_later_ones(server: ScriptedServer) -> None:
     hold = threading.Event()
     server.on("POST /api/v1/x", Scripted(hold=hold))
     connection = opened(server.url)
@@ -258,7 +260,7 @@ def test_timeouts(server: ScriptedServer) -> None:
     connection.close()
 
 
-def test_nothing_listens_and_no_such_host() -> None:
+def test_a_closed_port_and_an_unknown_host_are_connection_errors() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(requests.ConnectionError, match="refused"):
@@ -278,13 +280,13 @@ def test_nothing_listens_and_no_such_host() -> None:
         ({}, "/p q"),
     ],
 )
-def test_a_header_or_path_cannot_smuggle_another(headers: Any, path: str) -> None:
+def test_a_header_or_path_cannot_smuggle_in_another(headers: Any, path: str) -> None:
     url = "http://127.0.0.1:1"
     with pytest.raises(requests.exceptions.InvalidHeader):
         opened(url).request("GET", url + path, headers=headers, body=None, timeout=PATIENCE)
 
 
-def test_it_serves_its_own_server_only() -> None:
+def test_a_private_channel_connects_to_its_own_server_only() -> None:
     with pytest.raises(requests.exceptions.InvalidURL):
         ask(opened("http://127.0.0.1:1"), "http://127.0.0.2:1")
     with pytest.raises(requests.exceptions.InvalidURL):

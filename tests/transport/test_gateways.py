@@ -1,4 +1,4 @@
-"""Answers of something between the client and the server: an outage, never an answer."""
+"""Answers from something between client and server count as an outage, never as the server's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ API = "/api/v1/"
 HTML = b"<html><body>Please sign in</body></html>"
 SOON = {"Retry-After": "0.001"}
 ANY = Request("POST", "/api/v1/x")
-#: They give up on an answer that looks like a gateway's only when their time is over.
+#: Clients that give up on gateway-like answers only at their time limit.
 RIDES_OUT_LONG = RetryPolicy(
     base_s=0.001, cap_s=0.001, max_elapsed_s=PATIENCE_S, max_gateway_answers=None
 )
@@ -48,7 +48,7 @@ def reply(status: int, kind: str, body: bytes) -> Reply:
         ("text/plain; charset=utf-8", b"404 page not found\n"),
     ],
 )
-def test_a_page_or_an_empty_body_is_not_the_servers(status: int, kind: str, body: bytes) -> None:
+def test_a_web_page_or_an_empty_body_is_from_a_gateway(status: int, kind: str, body: bytes) -> None:
     assert is_from_gateway(ANY, reply(status, kind, body))
 
 
@@ -66,22 +66,22 @@ def test_a_page_or_an_empty_body_is_not_the_servers(status: int, kind: str, body
         ("text/plain", b"[1]"),
     ],
 )
-def test_json_and_protobuf_are_the_servers(status: int, kind: str, body: bytes) -> None:
+def test_json_and_protobuf_are_from_the_server(status: int, kind: str, body: bytes) -> None:
     assert not is_from_gateway(ANY, reply(status, kind, body))
 
 
 @pytest.mark.parametrize("status", [404, 410, 422])
-def test_the_plain_text_of_a_web_framework_is_the_servers(status: int) -> None:
+def test_the_plain_text_of_a_web_framework_is_from_the_server(status: int) -> None:
     assert not is_from_gateway(ANY, reply(status, "text/plain; charset=utf-8", b"Not Found"))
-    assert is_from_gateway(ANY, reply(200, "text/plain", b"OK"))  # no result is plain text
+    assert is_from_gateway(ANY, reply(200, "text/plain", b"OK"))  # results are never plain text
 
 
 @pytest.mark.parametrize("status", [408, 413, 414, 429, 431, 500, 502, 503, 504])
-def test_a_status_that_decides_by_itself_is_left_alone(status: int) -> None:
+def test_an_unambiguous_status_is_not_questioned(status: int) -> None:
     assert not is_from_gateway(ANY, reply(status, "text/html", HTML))
 
 
-def test_some_answers_are_empty_rightly() -> None:
+def test_some_answers_are_legitimately_empty() -> None:
     assert not is_from_gateway(ANY, reply(204, "", b""))
     unread = Request("DELETE", "/api/v1/x", empty_response_ok=True)
     assert not is_from_gateway(unread, reply(200, "", b""))
@@ -126,11 +126,11 @@ def test_a_request_is_sent_again_until_the_server_answers(
     sent = server.requests("POST /api/v1/x")
     assert len(sent) == 7
     assert len({one.headers["x-idempotency-key"] for one in sent}) == 1
-    assert len({one.connection for one in sent}) == 7  # a gateway may dislike the connection
+    assert len({one.connection for one in sent}) == 7  # a gateway may reject a connection
 
 
 @pytest.mark.parametrize("status", [200, 404])
-def test_an_outage_that_stays_names_status_type_and_the_beginning_of_the_body(
+def test_the_error_of_a_persistent_outage_shows_status_type_and_start_of_the_body(
     server: ScriptedServer, transport: Transport, status: int
 ) -> None:
     page = HTML.replace(b"sign in", b"sign in with tml-secret")
@@ -146,7 +146,7 @@ def test_an_outage_that_stays_names_status_type_and_the_beginning_of_the_body(
 
 
 @pytest.mark.parametrize(("status", "kind"), [(404, NotFoundError), (200, ResponseDecodeError)])
-def test_a_page_that_stays_is_believed_where_a_wrong_guess_costs_nothing(
+def test_a_persistent_page_is_believed_if_a_wrong_guess_costs_nothing(
     server: ScriptedServer, transport: Transport, status: int, kind: Any
 ) -> None:
     server.on("POST /api/v1/x", Answer(status, HTML, content_type="text/html"))
@@ -160,7 +160,7 @@ def test_a_page_that_stays_is_believed_where_a_wrong_guess_costs_nothing(
 ADAM = types.AdamParams(learning_rate=0.01)
 
 
-#: Outages that are to end in a test's time, with a request that is sent once or twice in it.
+#: Outages short enough for a test, in which a request is sent once or twice.
 SHORT = pytest.mark.parametrize("run", [0.3], indirect=True)
 
 
@@ -176,7 +176,7 @@ def run(
 
 @pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 400, 404, 409, 410, 422])
-def test_a_submission_keeps_its_number_over_the_page_of_a_gateway(
+def test_a_submission_keeps_its_number_in_spite_of_a_gateways_page(
     server: ScriptedServer, run: Tuple[TrainingClient, TinkerRoutes], status: int
 ) -> None:
     trainer, routes = run
@@ -191,7 +191,7 @@ def test_a_submission_keeps_its_number_over_the_page_of_a_gateway(
 
 @SHORT
 @pytest.mark.parametrize("status", [400, 404, 409, 410, 422])
-def test_a_number_that_no_server_has_seen_goes_to_the_next_request(
+def test_a_number_that_no_server_has_seen_is_given_to_the_next_request(
     server: ScriptedServer, run: Tuple[TrainingClient, TinkerRoutes], status: int
 ) -> None:
     trainer, routes = run
@@ -208,7 +208,7 @@ def test_a_number_that_no_server_has_seen_goes_to_the_next_request(
 @pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 409, 410, 422])
 @pytest.mark.parametrize(("kind", "body"), [("text/html", HTML), ("application/json", b"")])
-def test_a_poll_is_made_again(
+def test_a_poll_that_meets_a_page_is_repeated(
     run: Tuple[TrainingClient, TinkerRoutes], status: int, kind: str, body: bytes
 ) -> None:
     trainer, routes = run
@@ -218,7 +218,7 @@ def test_a_poll_is_made_again(
 
 
 @SHORT
-def test_a_poll_that_meets_a_page_for_good_ends_after_the_outage(
+def test_a_poll_that_always_meets_a_page_fails_after_the_outage_limit(
     run: Tuple[TrainingClient, TinkerRoutes],
 ) -> None:
     trainer, routes = run
@@ -229,7 +229,7 @@ def test_a_poll_that_meets_a_page_for_good_ends_after_the_outage(
 
 @pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 403, 404])
-def test_a_batch_poll_is_made_again(server: ScriptedServer, status: int) -> None:
+def test_a_batch_poll_that_meets_a_page_is_repeated(server: ScriptedServer, status: int) -> None:
     routes = TinkerRoutes(server)
     routes.serve("client/config", Answer(body={"sample_use_retrieve_futures": True}))
 

@@ -1,4 +1,4 @@
-"""ServiceClient.metrics: counters and latencies, and what recording them may cost."""
+"""ServiceClient.metrics: counters and latencies, and the cost of recording them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = types.ModelInput.from_ints([1, 2, 3])
 ASAMPLE = "POST /api/v1/asample"
 
 
-def test_what_samples_add(
+def test_samples_are_counted(
     server: ScriptedServer, scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     sampler = scripted.create_sampling_client(base_model="base")
@@ -25,7 +25,7 @@ def test_what_samples_add(
     for _ in range(3):
         sampler.sample(PROMPT).result(PATIENCE_S)
     after = scripted.metrics()
-    assert after.requests - before.requests >= 6  # each is submitted and polled for
+    assert after.requests - before.requests >= 6  # each sample is submitted and polled for
     bodies = sum(len(r.body) for r in server.requests(ASAMPLE))
     polls = sum(len(r.body) for r in server.requests("POST /api/v1/retrieve_future"))
     assert after.bytes_sent - before.bytes_sent >= bodies + polls
@@ -49,7 +49,7 @@ def test_passes_are_timed_too(scripted: ServiceClient, service: ServiceClient) -
         assert after.latencies[stage].count - before.latencies[stage].count == 1, stage
 
 
-def test_trouble_is_counted(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_retries_and_failures_are_counted(server: ScriptedServer, routes: TinkerRoutes) -> None:
     routes.serve(
         "asample",
         Answer(429, headers={"retry-after-ms": "1"}),
@@ -63,7 +63,7 @@ def test_trouble_is_counted(server: ScriptedServer, routes: TinkerRoutes) -> Non
         assert seen.retries == 2
 
 
-def test_what_is_under_way(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_work_in_flight_is_counted(server: ScriptedServer, routes: TinkerRoutes) -> None:
     hold = threading.Event()
 
     def poll(received: Received) -> Answer:
@@ -82,8 +82,10 @@ def test_what_is_under_way(server: ScriptedServer, routes: TinkerRoutes) -> None
         wait_until(lambda: client.metrics().in_flight == 0, "all are forgotten")
 
 
-def test_the_queue_is_the_servers_time(server: ScriptedServer, routes: TinkerRoutes) -> None:
-    """A poll that is held counts as queue, not as fetch."""
+def test_queue_is_the_time_spent_on_the_server(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    """The time of a held poll counts as queue, not as fetch."""
     hold = threading.Event()
 
     def poll(received: Received) -> Answer:
@@ -149,7 +151,7 @@ def test_no_count_is_lost_and_memory_is_bounded() -> None:
     assert counts["bytes_received"] == 120000
 
 
-def test_they_print_as_a_table() -> None:
+def test_metrics_print_as_a_table() -> None:
     latencies = {"encode": Latency(), "submit": Latency(3, 0.5, 0.4, 1.25, 2.0)}
     lines = str(Metrics(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, latencies)).splitlines()
     assert lines[0] == "1 in flight, 2 queued; 3 requests, 4 responses of 429, 5 retries"

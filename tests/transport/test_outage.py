@@ -1,4 +1,4 @@
-"""A server that goes away: at the start it is reported soon, later it is waited for."""
+"""An unreachable server: at the start it is reported soon, later the client waits for it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def relay(local: LocalServer) -> Iterator[Relay]:
         yield running
 
 
-def test_a_run_rides_out_an_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_survives_an_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
     with ServiceClient(base_url=relay.url) as service, ThreadPoolExecutor(2) as pool:
         trainer = service.create_lora_training_client("deterministic")
         sampler = service.create_sampling_client(base_model="deterministic")
@@ -58,7 +58,7 @@ def test_a_run_rides_out_an_outage(relay: Relay, caplog: pytest.LogCaptureFixtur
     assert "Connection refused" in caplog.text
 
 
-def test_a_result_that_was_ready_during_the_outage_is_fetched_after_it(
+def test_a_result_finished_during_an_outage_is_fetched_after_it(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     hold = threading.Event()
@@ -75,8 +75,8 @@ def test_a_result_that_was_ready_during_the_outage_is_fetched_after_it(
     assert len(routes.submitted("optim_step")) == 1
 
 
-def test_the_embedded_server_restarted_in_the_middle(tmp_path: Any) -> None:
-    # Sessions do not outlive their server: what had begun fails in a typed way.
+def test_the_embedded_server_is_restarted_during_a_run(tmp_path: Any) -> None:
+    # Sessions do not outlive their server: work that had begun fails with typed errors.
     first = LocalServer(DeterministicEngine(), data_dir=tmp_path)
     first.start()
     port = int(first.url.rpartition(":")[2])
@@ -115,7 +115,7 @@ def test_no_server_at_the_address(server: ScriptedServer) -> None:
     assert caught.value.attempts is not None
 
 
-def test_a_server_that_starts_a_moment_later_is_waited_for(local: LocalServer) -> None:
+def test_the_client_waits_for_a_server_that_starts_a_moment_later(local: LocalServer) -> None:
     with Relay(local.url) as relay, ThreadPoolExecutor(1) as pool:
         relay.cut()
         waiting = pool.submit(construct, relay.url)
@@ -142,7 +142,7 @@ def test_a_server_that_never_responds(server: ScriptedServer) -> None:
         (Answer(301, headers={"Location": "/login"}), APIStatusError, "301"),
     ],
 )
-def test_another_server_at_the_address(
+def test_another_program_at_the_address(
     server: ScriptedServer, answer: Answer, error: Any, part: str
 ) -> None:
     server.on("POST /api/v1/create_session", answer)

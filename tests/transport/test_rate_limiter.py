@@ -1,4 +1,4 @@
-"""RateLimiter: one back-off for everybody who shares a server and a key."""
+"""RateLimiter: one back-off for all clients that share a server and a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_no_request_waits_before_a_429() -> None:
     assert RateLimiter(ManualClock()).wait_s() == 0.0
 
 
-def test_a_back_off_holds_for_its_time() -> None:
+def test_a_back_off_lasts_for_its_time() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     limiter.back_off(5.0)
@@ -26,7 +26,7 @@ def test_a_back_off_holds_for_its_time() -> None:
     assert limiter.wait_s() == 0.0
 
 
-def test_an_earlier_longer_wish_stands() -> None:
+def test_an_earlier_longer_retry_after_stands() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     limiter.back_off(10.0)
@@ -46,14 +46,14 @@ def test_one_limiter_per_server_and_key() -> None:
     assert limiter_for("http://a", "k") is not limiter_for("http://b", "k")
 
 
-def test_threads_that_ask_at_once_get_the_same_limiter() -> None:
+def test_concurrent_threads_get_the_same_limiter() -> None:
     for round_ in range(200):
         url = f"http://race-{round_}"
         first, second = race(lambda: limiter_for(url, "k"), lambda: limiter_for(url, "k"))
         assert first is second
 
 
-def test_for_a_while_after_a_back_off_it_is_throttled() -> None:
+def test_requests_are_throttled_for_a_while_after_a_back_off() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     assert not limiter.throttled
@@ -64,7 +64,7 @@ def test_for_a_while_after_a_back_off_it_is_throttled() -> None:
     assert not limiter.throttled
 
 
-def test_it_says_how_it_holds_back() -> None:
+def test_the_limiter_describes_how_it_holds_requests_back() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     assert limiter.describe() is None
@@ -74,7 +74,7 @@ def test_it_says_how_it_holds_back() -> None:
     assert limiter.describe() == "after a 429, 10 requests at a time"
 
 
-def test_who_gives_up_in_the_pause_takes_no_place() -> None:
+def test_a_caller_that_gives_up_in_the_pause_takes_no_slot() -> None:
     clock = ManualClock()
     limiter = RateLimiter(clock)
     limiter.back_off(1.0)
@@ -86,11 +86,11 @@ def test_who_gives_up_in_the_pause_takes_no_place() -> None:
         with pytest.raises(ClientClosedError):
             limiter.acquire(closed, lambda: True)
     clock.advance(1.0)
-    for _ in range(10):  # all places are there
+    for _ in range(10):  # all slots are free
         limiter.acquire(lambda delay_s: None, lambda: True)
 
 
-def test_who_is_stopped_in_the_queue_for_a_place_ends() -> None:
+def test_a_caller_stopped_while_waiting_for_a_slot_returns() -> None:
     limiter = RateLimiter(ManualClock())
     for _ in range(10):
         limiter.acquire(lambda delay_s: None, lambda: False)

@@ -1,4 +1,4 @@
-"""Redirects: where they are followed to, and what does not go along."""
+"""Redirects: where they are followed, and what is not sent along."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_nothing_that_authenticates_goes_to_another_origin(
     assert landed.headers["user-agent"].startswith("tinkex/")
 
 
-def test_what_was_dropped_does_not_come_back(
+def test_dropped_credentials_are_not_sent_again(
     transport: Transport, server: ScriptedServer, other: ScriptedServer
 ) -> None:
     server.on("GET /a", to(f"{other.url}/b"))
@@ -101,7 +101,7 @@ def test_what_was_dropped_does_not_come_back(
 
 
 @pytest.mark.parametrize("status", [307, 308])
-def test_a_post_is_followed_as_it_is(
+def test_a_post_is_followed_unchanged(
     transport: Transport, server: ScriptedServer, other: ScriptedServer, status: int
 ) -> None:
     server.on("POST /a", to(f"{other.url}/b", status))
@@ -136,7 +136,7 @@ def test_a_post_is_not_turned_into_a_get(
     assert server.requests("GET /b") == server.requests("POST /b") == []
 
 
-def test_a_loop_ends(transport: Transport, server: ScriptedServer) -> None:
+def test_a_redirect_loop_ends(transport: Transport, server: ScriptedServer) -> None:
     server.on("GET /a", to("/a"))
     with pytest.raises(APIStatusError) as caught:
         transport.send(request("GET"), ONCE)
@@ -144,7 +144,7 @@ def test_a_loop_ends(transport: Transport, server: ScriptedServer) -> None:
     assert len(server.requests("GET /a")) == MAX_HOPS + 1
 
 
-def test_https_is_not_left_for_http(other: ScriptedServer) -> None:
+def test_redirects_from_https_to_http_are_refused(other: ScriptedServer) -> None:
     other.on("GET /b", Answer())
     with ScriptedServer(tls=True) as secure:
         secure.on("GET /a", to(f"{other.url}/b"))
@@ -155,7 +155,7 @@ def test_https_is_not_left_for_http(other: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize("location", ["http://[::1", "\xff", "x" * 5000])
-def test_a_location_that_is_none_is_still_a_typed_error(
+def test_an_invalid_location_is_a_typed_error(
     transport: Transport, server: ScriptedServer, location: str
 ) -> None:
     server.on("POST /a", to(location, 302))
@@ -163,7 +163,7 @@ def test_a_location_that_is_none_is_still_a_typed_error(
         transport.send(request("POST"), ONCE)
 
 
-def test_a_refused_redirect_shows_where_to_but_not_the_signature_in_it(
+def test_the_error_about_a_refused_redirect_shows_the_target_without_its_signature(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on("POST /a", to("https://far.example/x?signature=abc", 302))
@@ -189,12 +189,12 @@ def test_a_refused_redirect_shows_where_to_but_not_the_signature_in_it(
         ("javascript:alert(1)", None),
     ],
 )
-def test_targets(location: Optional[str], target: Optional[str]) -> None:
+def test_redirect_targets(location: Optional[str], target: Optional[str]) -> None:
     assert next_hop("GET", "http://h:1/p/a", 302, location) == target
 
 
 @pytest.mark.parametrize("status", [200, 204, 300, 304, 305, 306, 400, 500])
-def test_other_responses_are_no_redirects(status: int) -> None:
+def test_other_responses_are_not_redirects(status: int) -> None:
     assert next_hop("GET", "http://h/a", status, "/b") is None
 
 

@@ -1,4 +1,4 @@
-"""Answers that are cut off, lie about their length, or come a byte at a time."""
+"""Answers that are truncated, have a wrong length, or arrive a byte at a time."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_an_absurd_size_of_a_chunk_is_an_error(private: bool, size: bytes) -> No
 
 
 @pytest.mark.parametrize("kind", [response_reading.CheckedResponse, response_reading._WatchedRaw])
-def test_a_response_that_ctrl_c_left_half_made_is_finalized_in_silence(kind: Any) -> None:
-    kind.__new__(kind).close()  # what its finalizer does
+def test_a_response_that_ctrl_c_left_half_constructed_is_finalized_silently(kind: Any) -> None:
+    kind.__new__(kind).close()  # as its finalizer does
 
 
 def test_sizes_of_chunks() -> None:
@@ -89,14 +89,14 @@ def test_sizes_of_chunks() -> None:
 
 
 @KINDS
-def test_a_length_that_is_given_twice_is_read_once(private: bool) -> None:
+def test_a_repeated_length_is_read_once(private: bool) -> None:
     with RawServer(HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}") as server:
         assert ask(server.url, private).body == b"{}"
     assert content_length("7, 7") == 7
 
 
 def trickling(head: bytes) -> LoopbackServer:
-    """A server that sends *head* and then a byte every 20 ms, until the client hangs up."""
+    """Run a server that sends *head* and then a byte every 20 ms, until the client hangs up."""
 
     def trickle(connection: socket.socket, index: int) -> None:
         connection.recv(65536)
@@ -112,12 +112,12 @@ def trickling(head: bytes) -> LoopbackServer:
 @pytest.mark.parametrize(
     "head", [b"HTTP/1.1 200 O", HEAD + b"X-A: ", HEAD + b"Content-Length: 100000\r\n\r\n"]
 )
-def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
+def test_a_trickling_response_has_a_total_time_limit(private: bool, head: bytes) -> None:
     with trickling(head) as server, pytest.raises(requests.RequestException, match="too slowly"):
-        ask(server.url, private, read_timeout_s=1.0)  # each pause is far shorter
+        ask(server.url, private, read_timeout_s=1.0)  # each pause is much shorter
 
 
-def test_the_time_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(response_reading.time, "monotonic", lambda: now)
     timeouts = []
@@ -129,7 +129,7 @@ def test_the_time_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPa
     pace = Pace(2.0, starts_now=True)
     pace.limit_next(Sock())
     now = 101.0
-    pace.note(10 * 1024)  # worth ten seconds more
+    pace.note(10 * 1024)  # adds ten seconds
     pace.limit_next(Sock())
     now = 111.5
     pace.limit_next(Sock())
@@ -149,7 +149,7 @@ def test_time_before_a_large_body_is_sent_does_not_count(monkeypatch: pytest.Mon
         assert sock.gettimeout() == 2.0
 
 
-def test_silence_is_a_timeout_and_no_trickle() -> None:
+def test_silence_is_a_timeout_and_not_a_trickle() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         for private in (False, True):

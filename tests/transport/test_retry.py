@@ -1,4 +1,4 @@
-"""RetryPolicy and the server's wishes: pure arithmetic."""
+"""RetryPolicy and Retry-After: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_a_thousandth_attempt_does_not_overflow() -> None:
     assert RetryPolicy(max_elapsed_s=1e9).delay_s(100_000, 0.0, None, 1.0) == 10.0
 
 
-def test_the_servers_wish_goes_first_up_to_a_minute() -> None:
+def test_retry_after_takes_precedence_up_to_a_minute() -> None:
     policy = RetryPolicy()
     assert policy.delay_s(1, 0.0, 7.5, 0.0) == 7.5
     assert policy.delay_s(9, 0.0, 0.125, 0.0) == 0.125
     assert policy.delay_s(1, 0.0, 86400.0, 0.0) == MAX_HINT_S
 
 
-def test_a_wish_for_no_pause_is_not_granted() -> None:
+def test_a_retry_after_of_zero_is_ignored() -> None:
     assert RetryPolicy().delay_s(1, 0.0, 0.0, 0.0) == 0.25
 
 
@@ -99,7 +99,7 @@ def test_which_statuses_are_sent_again(status: int, again: bool) -> None:
     assert RetryPolicy().retries_status(status, 1, {}) is again
 
 
-def test_a_plain_500_is_believed_the_fourth_time_and_a_503_never() -> None:
+def test_a_plain_500_is_final_the_fourth_time_and_a_503_never() -> None:
     policy = RetryPolicy()
     assert [policy.retries_status(500, n, {}) for n in (1, 2, 3, 4)] == [True, True, True, False]
     assert policy.retries_status(503, 100, {})
@@ -134,11 +134,11 @@ def test_the_servers_header_decides_before_the_status(wish: str, status: int, ag
         ("retry-after", "Sun, 99 Nov 1994 08:49:30 GMT", None),
     ],
 )
-def test_reading_the_wish(header: str, value: str, expected: Optional[float]) -> None:
+def test_reading_retry_after(header: str, value: str, expected: Optional[float]) -> None:
     assert retry_after_s({header: value}, WALL) == expected
 
 
-def test_no_wish() -> None:
+def test_no_retry_after() -> None:
     assert retry_after_s({}, WALL) is None
 
 
@@ -148,14 +148,15 @@ def test_milliseconds_win_and_nonsense_in_them_does_not_hide_the_seconds() -> No
 
 
 def test_a_date_is_compared_with_the_wall_clock() -> None:
-    # It looks at every attribute of every module, and libraries that import late import all then.
+    # It reads every attribute of every module, which makes lazily importing libraries import
+    # everything.
     late = ["torch", "transformers", "huggingface_hub", "peft"]
     with freeze_time("1994-11-06 08:49:37", ignore=late):
         wish = retry_after_s({"retry-after": "Sun, 06 Nov 1994 08:50:37 GMT"}, SYSTEM_CLOCK.wall())
     assert wish == 60.0
 
 
-# Whether anything was done
+# Whether the request was executed
 
 
 def refused(status: int, *, maybe_taken: bool = False) -> APIError:
@@ -179,28 +180,28 @@ def unreachable(*, maybe_taken: bool) -> APIError:
         (unreachable(maybe_taken=False), False, True),
         (unreachable(maybe_taken=True), False, False),
         (refused(422), False, True),
-        (refused(400, maybe_taken=True), False, True),  # it was the same request all the time
+        (refused(400, maybe_taken=True), False, True),  # it was the same request each time
         (refused(401), False, True),
         (refused(401, maybe_taken=True), False, False),
-        (refused(409, maybe_taken=True), False, False),  # maybe with the attempt that was lost
+        (refused(409, maybe_taken=True), False, False),  # the conflict may be with the lost attempt
         (refused(408), False, False),
         (refused(500, maybe_taken=True), False, False),
-        (refused(503), False, True),  # there was no token to send it with
+        (refused(503), False, True),  # no token could be obtained
         (refused(501), False, True),  # no such route
-        (ResponseDecodeError("no request id"), False, False),  # the server took it
+        (ResponseDecodeError("no request id"), False, False),  # the server accepted it
         (refused(404), True, False),  # about the result, not about the work
         (refused(401), True, False),
         (ResultExpiredError("gone"), True, False),
         (OperationTimeoutError("late"), True, False),
     ],
 )
-def test_what_leaves_nothing_done_for_certain(
+def test_which_errors_prove_that_nothing_was_executed(
     error: Exception, was_accepted: bool, expected: bool
 ) -> None:
     assert left_undone(error, was_sent=True, was_accepted=was_accepted) is expected
 
 
-def test_a_cancelled_request_left_nothing_done_if_it_was_not_sent() -> None:
+def test_a_cancelled_request_was_not_executed_if_it_was_not_sent() -> None:
     assert left_undone(CancelledError(), was_sent=False, was_accepted=False)
     assert not left_undone(CancelledError(), was_sent=True, was_accepted=False)
     assert not left_undone(CancelledError(), was_sent=True, was_accepted=True)

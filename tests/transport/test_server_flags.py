@@ -1,4 +1,4 @@
-"""ServerFlags: asked once, remembered, and never in the way."""
+"""ServerFlags: requested once, remembered, and never a hindrance."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_flags_are_requested_once_with_the_version_we_speak(
     assert [r.json() for r in server.requests()] == [{"sdk_version": "0.38.0"}]
 
 
-def test_another_key_is_another_question(server: ScriptedServer) -> None:
+def test_flags_are_requested_separately_for_another_key(server: ScriptedServer) -> None:
     def by_key(received: Any) -> Answer:
         return Answer(body={"fwdbwd_max_chunk_len": int(received.headers["x-api-key"][-1])})
 
@@ -73,7 +73,7 @@ def test_another_key_is_another_question(server: ScriptedServer) -> None:
             assert flags_for(transport).fwdbwd_max_chunk_len == number
 
 
-def test_many_first_calls_at_once_are_one_request(server: ScriptedServer) -> None:
+def test_concurrent_first_calls_send_one_request(server: ScriptedServer) -> None:
     hold = threading.Event()
     server.on(CONFIG, Answer(body={"fwdbwd_max_chunk_len": 9}, hold=hold))
     barrier = threading.Barrier(51)
@@ -116,7 +116,7 @@ def test_an_outage_is_raised_and_not_kept(transport: Transport, server: Scripted
     assert flags_for(transport).fwdbwd_max_chunk_len == 5
 
 
-def test_flags_that_were_damaged_on_their_way_are_not_taken_for_those_of_the_server(
+def test_flags_damaged_in_transit_are_not_used(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(CONFIG, Answer(body=b'{"fwdbwd_max_'), Answer(body={"fwdbwd_max_chunk_len": 5}))
@@ -142,20 +142,20 @@ def test_nonsense_is_a_typed_error(
 
 
 @pytest.mark.parametrize("value", ["many", -1, 0, 2.5, True, [], {}, float("nan")])
-def test_a_flag_that_makes_no_sense_takes_its_default(
-    value: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_invalid_flag_takes_its_default(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     flags = read_flags(ServerFlags, {"fwdbwd_max_chunk_len": value, "sample_no_retries": True})
     assert flags == ServerFlags(sample_no_retries=True)
     assert "fwdbwd_max_chunk_len" in caplog.text
 
 
-def test_a_null_flag_is_not_given_and_numbers_may_be_written_as_floats() -> None:
+def test_a_null_flag_counts_as_missing_and_numbers_may_be_written_as_floats() -> None:
     given = {"proto_compress_fwdbwd": None, "fwdbwd_max_chunk_len": 12.0}
     assert read_flags(ServerFlags, given) == ServerFlags(fwdbwd_max_chunk_len=12)
 
 
-def test_closing_wakes_who_waits_for_another_clients_answer(server: ScriptedServer) -> None:
+def test_closing_wakes_a_client_that_waits_for_the_request_of_another(
+    server: ScriptedServer,
+) -> None:
     hold = threading.Event()
     server.on(CONFIG, Answer(hold=hold))
     with open_transport(server) as first, open_transport(server) as second:
@@ -171,7 +171,7 @@ def test_closing_wakes_who_waits_for_another_clients_answer(server: ScriptedServ
             assert leading.result(PATIENCE_S) == ServerFlags()
 
 
-def test_a_leader_that_is_closed_leaves_the_question_to_others(server: ScriptedServer) -> None:
+def test_a_closed_leader_leaves_the_request_to_others(server: ScriptedServer) -> None:
     server.on(CONFIG, Answer(hold=threading.Event()), Answer(body={"fwdbwd_max_chunk_len": 3}))
     with open_transport(server) as first, open_transport(server) as second:
         with ThreadPoolExecutor(2) as pool:
@@ -196,7 +196,7 @@ def test_a_leader_that_is_closed_leaves_the_question_to_others(server: ScriptedS
         | st.lists(st.integers()),
     )
 )
-def test_any_object_makes_flags_of_the_right_types(payload: Any) -> None:
+def test_any_object_gives_flags_of_the_right_types(payload: Any) -> None:
     flags = read_flags(ServerFlags, payload)
     for field in dataclasses.fields(ServerFlags):
         assert type(getattr(flags, field.name)) is type(field.default)
@@ -229,7 +229,7 @@ def test_changing_flags_are_requested_again_when_they_are_old(server: ScriptedSe
         transport.abort()
 
 
-def test_a_refresh_that_fails_keeps_the_old_flags_and_is_tried_once(
+def test_a_failed_refresh_keeps_the_old_flags_and_is_tried_once(
     server: ScriptedServer,
 ) -> None:
     clock = ManualClock()

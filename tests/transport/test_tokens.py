@@ -1,4 +1,4 @@
-"""Tokens: exchanged, renewed, replayed once, shared; and no secret anywhere."""
+"""Tokens: exchanged, renewed, resent once, shared; and no secret is shown."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def jwt(issued_at: float = 0.0, life_s: Optional[float] = 3600.0, **claims: Any)
 
 
 class TokenServer:
-    """Makes numbered tokens, and accepts those that it is not set to refuse."""
+    """Issues numbered tokens, and accepts them unless told to refuse them."""
 
     def __init__(self, server: ScriptedServer, clock: ManualClock) -> None:
         self.server = server
@@ -145,7 +145,7 @@ def test_without_the_flag_the_key_itself_is_sent(
     assert server.requests(WORK)[0].headers["x-api-key"] == KEY
 
 
-def test_without_a_key_nothing_is_asked_and_nothing_sent(server: ScriptedServer) -> None:
+def test_without_a_key_no_flags_are_requested_and_no_key_is_sent(server: ScriptedServer) -> None:
     server.on(WORK, Answer())
     with open_transport(server) as transport:
         send(transport)
@@ -153,7 +153,7 @@ def test_without_a_key_nothing_is_asked_and_nothing_sent(server: ScriptedServer)
     assert "x-api-key" not in server.requests()[0].headers
 
 
-def test_a_server_that_promises_tokens_and_has_no_route_gets_the_key(
+def test_a_server_that_sets_the_flag_but_lacks_the_token_route_gets_the_key(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(CONFIG, Answer(body={"pjwt_auth_enabled": True}))
@@ -192,7 +192,7 @@ def test_fifty_threads_at_once_make_one_exchange(
         transport.abort()
 
 
-def test_another_key_has_a_token_of_its_own(
+def test_another_key_has_its_own_token(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     send(transport)
@@ -203,7 +203,7 @@ def test_another_key_has_a_token_of_its_own(
 
 
 @pytest.mark.parametrize("trouble", [Answer(503), Answer(429), Answer(500), Answer(reset=True)])
-def test_an_exchange_that_fails_for_now_is_part_of_the_attempt(
+def test_a_temporary_failure_of_the_exchange_counts_as_a_failed_attempt(
     transport: Transport, mint: TokenServer, server: ScriptedServer, trouble: Answer
 ) -> None:
     server.on(TOKEN, trouble, trouble, mint.exchange)
@@ -212,7 +212,7 @@ def test_an_exchange_that_fails_for_now_is_part_of_the_attempt(
     assert len(server.requests(WORK)) == 1
 
 
-def test_an_outage_of_the_exchange_is_a_connection_error_to_who_sends_once(
+def test_an_outage_of_the_exchange_is_a_connection_error_for_single_attempts(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(503, {"detail": "busy"}))
@@ -222,7 +222,7 @@ def test_an_outage_of_the_exchange_is_a_connection_error_to_who_sends_once(
     assert caught.value.status == 503
 
 
-def test_a_refused_exchange_is_reported_as_it_is(
+def test_a_refused_exchange_is_reported_unchanged(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(401, {"detail": "unknown key"}))
@@ -245,7 +245,7 @@ def test_a_response_without_a_token_is_a_typed_error_that_does_not_show_it(
     assert "eyJ" not in everything_about(caught.value)
 
 
-def test_a_token_that_was_damaged_on_its_way_is_requested_again(
+def test_a_token_damaged_in_transit_is_requested_again(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(body=b'{"jwt": "eyJ'), mint.exchange)
@@ -253,7 +253,7 @@ def test_a_token_that_was_damaged_on_its_way_is_requested_again(
     assert mint.keys_of_work() == mint.made
 
 
-def test_a_token_that_is_no_jwt_is_good_until_it_is_refused(
+def test_a_token_that_is_not_a_jwt_is_valid_until_it_is_refused(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     server.on(TOKEN, Answer(body={"jwt": "opaque-1"}), Answer(body={"jwt": "opaque-2"}))
@@ -269,20 +269,20 @@ def test_a_token_that_is_no_jwt_is_good_until_it_is_refused(
 # A token's life
 
 
-def test_the_plan_of_a_token() -> None:
+def test_when_a_token_is_renewed() -> None:
     for rand, renewed in ((0.0, 450.0), (0.5, 500.0), (1.0, 550.0)):
         token = Token.received(jwt(1000.0, 1000.0), 1003.0, rand)
         assert token.renew_at == pytest.approx(1000.0 + renewed)
         assert (token.urgent_at, token.expires_at) == (1940.0, 2000.0)
 
 
-def test_a_short_life_is_planned_in_proportion() -> None:
+def test_a_short_lived_token_is_renewed_in_proportion_to_its_lifetime() -> None:
     token = Token.received(jwt(1000.0, 8.0), 1000.0, 0.5)
     assert (token.renew_at, token.urgent_at, token.expires_at) == (1004.0, 1006.0, 1008.0)
 
 
 @pytest.mark.parametrize("skew_s", [-7200.0, 7200.0])
-def test_a_clock_that_is_off_does_not_shorten_a_tokens_life(skew_s: float) -> None:
+def test_a_wrong_clock_does_not_shorten_the_life_of_a_token(skew_s: float) -> None:
     now = 10_000.0 + skew_s
     token = Token.received(jwt(10_000.0, 3600.0), now, 0.5)
     assert token.expires_at is not None
@@ -319,12 +319,12 @@ def test_a_token_of_endless_depth_is_a_token() -> None:
 
 
 @pytest.mark.parametrize("text", [jwt(life_s=None), "opaque", "eyJ.x.y", "eyJ..", "a.b.c"])
-def test_a_token_that_does_not_say_when_it_ends_has_no_end(text: str) -> None:
+def test_a_token_without_an_expiry_never_expires(text: str) -> None:
     token = Token.received(text, 5.0, 0.5)
     assert (token.renew_at, token.urgent_at, token.expires_at) == (math.inf, math.inf, math.inf)
 
 
-def test_at_half_of_its_life_the_request_that_notices_renews_it(
+def test_after_half_of_its_life_the_first_request_renews_the_token(
     transport: Transport, mint: TokenServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -338,7 +338,7 @@ def test_at_half_of_its_life_the_request_that_notices_renews_it(
     assert mint.keys_of_work() == [first, first, second, second]
 
 
-def test_others_use_the_old_token_while_it_is_renewed(
+def test_other_requests_use_the_old_token_during_a_renewal(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -349,7 +349,7 @@ def test_others_use_the_old_token_while_it_is_renewed(
         renewing = pool.submit(transport.send, SUBMIT, QUICK)
         server.wait_for(TOKEN, 2)
         for _ in range(5):
-            send(transport)  # while the other is still held up
+            send(transport)  # while the renewal is still held up
         assert mint.keys_of_work() == mint.made * 6
         mint.made.append(jwt(clock.wall() - 0.6 * 3600, n="slow"))
         hold.set()
@@ -357,7 +357,7 @@ def test_others_use_the_old_token_while_it_is_renewed(
     assert len(server.requests(TOKEN)) == 2
 
 
-def test_a_renewal_that_fails_is_tried_again_after_a_minute(
+def test_a_failed_renewal_is_tried_again_after_a_minute(
     transport: Transport,
     mint: TokenServer,
     server: ScriptedServer,
@@ -380,7 +380,7 @@ def test_a_renewal_that_fails_is_tried_again_after_a_minute(
     assert mint.keys_of_work() == mint.made[:1] * 5 + mint.made[1:]
 
 
-def test_who_comes_just_after_a_renewal_does_not_repeat_it(
+def test_a_request_just_after_a_renewal_does_not_repeat_it(
     transport: Transport,
     mint: TokenServer,
     clock: ManualClock,
@@ -393,7 +393,7 @@ def test_who_comes_just_after_a_renewal_does_not_repeat_it(
 
     def run_after_another(*args: Any) -> Any:
         monkeypatch.setattr(flight, "run", run)
-        send(transport)  # finds the token old, as this one did, and renews it
+        send(transport)  # also finds the token old, and renews it
         return run(*args)
 
     monkeypatch.setattr(flight, "run", run_after_another)
@@ -402,7 +402,7 @@ def test_who_comes_just_after_a_renewal_does_not_repeat_it(
     assert mint.keys_of_work() == [mint.made[0], mint.made[1], mint.made[1]]
 
 
-def test_the_same_token_may_come_again(
+def test_the_server_may_issue_the_same_token_again(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -413,7 +413,7 @@ def test_the_same_token_may_come_again(
     assert mint.keys_of_work() == mint.made * 3
 
 
-def test_in_its_last_minute_everybody_waits_for_the_new_one(
+def test_in_the_last_minute_of_a_token_all_requests_wait_for_the_new_one(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -434,7 +434,7 @@ def test_in_its_last_minute_everybody_waits_for_the_new_one(
 
 
 @pytest.mark.parametrize("trouble", [Answer(503), Answer(403), Answer(body={})])
-def test_in_its_last_minute_a_failed_renewal_keeps_the_old_one(
+def test_in_the_last_minute_of_a_token_a_failed_renewal_keeps_the_old_one(
     transport: Transport,
     mint: TokenServer,
     server: ScriptedServer,
@@ -453,13 +453,13 @@ def test_in_its_last_minute_a_failed_renewal_keeps_the_old_one(
     assert len(server.requests(TOKEN)) == 3
 
 
-def test_in_its_last_minute_a_rejected_key_is_reported(
+def test_in_the_last_minute_of_a_token_a_rejected_key_is_reported(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
     server.on(TOKEN, Answer(401, {"detail": "revoked"}))
     clock.advance(0.6 * 3600)
-    send(transport)  # the old token has its uses still
+    send(transport)  # the old token is still valid
     clock.advance(0.4 * 3600 - 30)
     with pytest.raises(AuthenticationError, match="revoked"):
         transport.send(SUBMIT, QUICK)
@@ -479,7 +479,7 @@ def test_an_expired_token_is_not_sent(
     assert mint.keys_of_work() == mint.made
 
 
-def test_the_last_word_of_a_process_renews_nothing_that_is_still_good(
+def test_a_request_at_exit_does_not_renew_a_valid_token(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -491,7 +491,7 @@ def test_the_last_word_of_a_process_renews_nothing_that_is_still_good(
     assert len(server.requests(TOKEN)) == 1
 
 
-def test_closing_wakes_who_waits_for_another_clients_exchange(
+def test_closing_wakes_a_client_that_waits_for_the_exchange_of_another(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     hold = threading.Event()
@@ -511,7 +511,7 @@ def test_closing_wakes_who_waits_for_another_clients_exchange(
 # Refused tokens
 
 
-def test_an_invalid_token_is_renewed_and_the_request_replayed_once(
+def test_an_invalid_token_is_renewed_and_the_request_resent_once(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     send(transport)
@@ -525,7 +525,7 @@ def test_an_invalid_token_is_renewed_and_the_request_replayed_once(
     assert mint.keys_of_work() == [mint.made[0], mint.made[0], mint.made[1]]
 
 
-def test_a_replay_that_is_refused_too_is_the_response(
+def test_if_the_resent_request_is_refused_too_the_refusal_is_reported(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(WORK, Answer(401, {"detail": "never"}, headers=INVALID))
@@ -538,7 +538,7 @@ def test_a_replay_that_is_refused_too_is_the_response(
 @pytest.mark.parametrize(
     "headers", [{}, {"WWW-Authenticate": "Bearer"}, {"WWW-Authenticate": 'error="other"'}]
 )
-def test_another_401_is_a_response(
+def test_any_other_401_is_final(
     transport: Transport, mint: TokenServer, server: ScriptedServer, headers: Dict[str, str]
 ) -> None:
     server.on(WORK, Answer(401, {"detail": "no"}, headers=headers))
@@ -578,7 +578,9 @@ def test_a_failed_exchange_after_a_refusal_is_reported(
 # A key that is a token
 
 
-def test_a_token_given_as_key_is_sent_as_it_is(server: ScriptedServer, clock: ManualClock) -> None:
+def test_a_token_given_as_the_key_is_sent_unchanged(
+    server: ScriptedServer, clock: ManualClock
+) -> None:
     given = jwt(clock.wall(), 60.0)
     TokenServer(server, clock)
     server.on(WORK, Answer())
@@ -597,7 +599,7 @@ def test_a_token_given_as_key_is_sent_as_it_is(server: ScriptedServer, clock: Ma
 
 
 def command_in(folder: Path, script: str) -> str:
-    """A command that runs *script*, which may count its runs in the file ``runs``."""
+    """Return a command that runs *script*, which may count its runs in the file ``runs``."""
     path = folder / "credential.py"
     path.write_text(f"import sys, os\nopen({str(folder / 'runs')!r}, 'a').write('x')\n{script}\n")
     return f'"{sys.executable}" "{path}"'
@@ -617,7 +619,7 @@ def test_a_command_supplies_the_key_for_each_exchange(
         send(transport)
     assert {r.headers["x-api-key"] for r in server.requests(TOKEN)} == {KEY}
     before = runs(tmp_path)
-    assert before == 2  # one to ask for the flags, one for the exchange
+    assert before == 2  # one for the flags, one for the exchange
     clock.advance(0.6 * 3600)
     send(transport)
     assert runs(tmp_path) == before + 1
@@ -625,7 +627,7 @@ def test_a_command_supplies_the_key_for_each_exchange(
     transport.abort()
 
 
-def test_a_command_for_a_server_without_tokens_is_run_until_its_key_is_refused(
+def test_for_a_server_without_tokens_a_command_is_run_again_only_if_its_key_is_refused(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     server.on(WORK, Answer(), Answer(), Answer(401), Answer())
@@ -642,7 +644,7 @@ def test_a_command_for_a_server_without_tokens_is_run_until_its_key_is_refused(
     assert {r.headers["x-api-key"] for r in server.requests(WORK)} == {"tml-from-command"}
 
 
-def test_the_server_may_prefer_the_command_to_the_key(
+def test_a_flag_can_prefer_the_command_to_the_key(
     mint: TokenServer, server: ScriptedServer, tmp_path: Path
 ) -> None:
     flags = {"pjwt_auth_enabled": True, "credential_default_source": "credential_cmd"}
@@ -664,7 +666,7 @@ def test_the_server_may_prefer_the_command_to_the_key(
         ("os.kill(os.getpid(), 9)", "exit code"),
     ],
 )
-def test_a_command_that_fails_is_reported_without_what_it_printed(
+def test_a_failing_command_is_reported_without_its_output(
     server: ScriptedServer,
     tmp_path: Path,
     script: str,
@@ -682,7 +684,7 @@ def test_a_command_that_fails_is_reported_without_what_it_printed(
     assert str(tmp_path) not in shown
 
 
-def test_a_command_that_hangs_is_ended_with_all_that_it_started(
+def test_a_hanging_command_is_ended_with_its_child_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credential_command, "COMMAND_TIMEOUT_S", 0.3)
@@ -705,7 +707,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(
         os.close(reader)
 
 
-def test_closing_ends_a_command_that_runs() -> None:
+def test_closing_ends_a_running_command() -> None:
     closing = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_command, "sleep 60", closing)
@@ -752,14 +754,18 @@ def test_the_order_of_the_sources(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Config.resolve(api_key="argument").api_key == "argument"
 
 
-def test_a_command_alone_counts_and_is_not_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_alone_counts_as_a_credential_and_is_not_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TINKER_CREDENTIAL_CMD", command_in(home, "print('k')"))
     assert auth.tinker_has_credentials()
     assert auth.get_tinker_token() is None
     assert runs(home) == 0
 
 
-def test_the_file_is_readable_by_its_owner_only_and_replaced_whole(home: Path) -> None:
+def test_the_credentials_file_is_readable_by_its_owner_only_and_replaced_atomically(
+    home: Path,
+) -> None:
     file = CredentialsFile()
     file.store_default("1", StoredKey("first", "one"))
     file.store_default(
@@ -807,7 +813,7 @@ def test_the_file_is_readable_by_its_owner_only_and_replaced_whole(home: Path) -
         "\udcff",
     ],
 )
-def test_a_broken_file_is_named_and_not_shown(home: Path, content: str) -> None:
+def test_a_broken_credentials_file_is_named_and_not_shown(home: Path, content: str) -> None:
     path = CredentialsFile().path
     path.parent.mkdir()
     path.write_bytes((content + " tml-hidden").encode("utf-8", "surrogateescape"))
@@ -830,7 +836,7 @@ def test_an_explicit_environment_has_its_own_home(tmp_path: Path) -> None:
 # The public functions
 
 
-def test_accessible_or_not(
+def test_whether_the_service_is_accessible(
     home: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_BASE_URL", server.url)
@@ -858,10 +864,10 @@ def test_whoami_reads_the_tokens_claims(
         "tml:organization:9",
         "a@b.c",
     )
-    assert len(server.requests()) == 2  # flags and token; nothing was asked about who we are
+    assert len(server.requests()) == 2  # for flags and token; whoami sent nothing
 
 
-def test_whoami_without_tokens_says_that_it_cannot_know(
+def test_whoami_without_tokens_says_that_it_is_unknown(
     transport: Transport, server: ScriptedServer
 ) -> None:
     with pytest.raises(CredentialError, match="does not report who"):
@@ -872,7 +878,7 @@ def test_whoami_without_tokens_says_that_it_cannot_know(
 
 
 class Shifted:
-    """Moves the wall clock of everything in this process."""
+    """Shifts the wall clock of the whole process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by_s = 0.0
@@ -886,7 +892,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> Shifted:
 
 @pytest.fixture
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> List[str]:
-    """The tokens that clients got, in order."""
+    """Record the tokens that clients got, in order."""
     got: List[str] = []
     exchange = TokenSource._exchange
 
@@ -921,7 +927,7 @@ def test_a_training_loop_outlives_many_tokens(shifted: Shifted, exchanges: List[
     assert len(set(exchanges)) == len(exchanges)
 
 
-def test_the_servers_tokens_say_who_they_belong_to_and_end(
+def test_the_tokens_of_the_server_name_their_owner_and_expire(
     shifted: Shifted, exchanges: List[str]
 ) -> None:
     settings = ServerSettings(api_key=KEY, jwt=True, jwt_lifetime_s=100.0, org_id="mine")
@@ -941,7 +947,7 @@ def test_the_servers_tokens_say_who_they_belong_to_and_end(
 
 
 @pytest.mark.parametrize("given", [jwt(0.0, 1e12, sub="x"), "eyJ.a.b", "eyJ", "tml-wrong", ""])
-def test_the_server_refuses_what_it_did_not_make(given: str) -> None:
+def test_the_server_refuses_tokens_that_it_did_not_issue(given: str) -> None:
     settings = ServerSettings(api_key=KEY, jwt=True)
     with LocalServer(DeterministicEngine(), settings=settings) as server:
         headers = {"X-API-Key": given}
@@ -958,7 +964,7 @@ def test_the_server_refuses_what_it_did_not_make(given: str) -> None:
 
 
 def everything_about(error: BaseException) -> str:
-    """All that can be read off an error: its chain, its facts, its pickle, what it refers to."""
+    """Return all that an error shows: its chain, facts, pickle, and the objects it refers to."""
     texts = ["".join(traceback.format_exception(type(error), error, error.__traceback__))]
     seen: List[BaseException] = []
     inner: Optional[BaseException] = error
@@ -984,7 +990,7 @@ SECRETS = {
 
 @pytest.mark.parametrize("source", ["key", "command"])
 @pytest.mark.parametrize("behaviour", ["echo", "html", "plain", "reset", "redirect"])
-def test_no_secret_is_in_anything_that_is_produced(
+def test_no_secret_appears_in_any_output(
     mint: TokenServer,
     server: ScriptedServer,
     clock: ManualClock,
@@ -1029,7 +1035,7 @@ def test_no_secret_is_in_anything_that_is_produced(
     with pytest.raises(TinkexError) as caught:
         transport.send(request, RetryPolicy(base_s=0.001, max_elapsed_s=0.01)).json()
     (sent, *_) = server.requests(WORK)
-    assert sent.headers["x-api-key"] in mint.made  # they were all sent, indeed
+    assert sent.headers["x-api-key"] in mint.made  # the tokens were indeed sent
     assert sent.headers["authorization"] == SECRETS["authorization"]
     assert sent.headers["cf-access-client-secret"] == SECRETS["cloudflare"]
     source_state = transport.server.tokens.token_for(transport, SUBMIT)
@@ -1061,7 +1067,7 @@ def test_a_config_is_pickled_without_its_credentials(
     assert there.api_key == "the-receivers-own"
 
 
-def test_a_weights_access_token_that_is_echoed_is_not_shown(
+def test_an_echoed_weights_access_token_is_not_shown(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     token = SECRETS["weights_token"]
@@ -1111,7 +1117,7 @@ def test_everything_a_client_sends_carries_the_token(
     assert {"create_session", "session_heartbeat", "finish", "retrieve_future"} <= seen
 
 
-def test_the_child_of_a_fork_shares_nothing_that_may_be_locked(
+def test_the_child_of_a_fork_shares_no_object_that_may_be_locked(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = quick_config(server, api_key=KEY)

@@ -24,7 +24,7 @@ DATUM = Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": [6, 7, 8], "wei
 
 @pytest.fixture(scope="module")
 def exporter() -> Any:
-    """Collects the spans that have ended, of all tests here: there is one provider per process."""
+    """Collects the finished spans of all tests here, as a process has only one provider."""
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
@@ -39,7 +39,7 @@ def exporter() -> Any:
 
 
 class Spans:
-    """What was exported."""
+    """The exported spans."""
 
     def __init__(self, exporter: Any) -> None:
         self._exporter = exporter
@@ -48,7 +48,7 @@ class Spans:
         return list(self._exporter.get_finished_spans())
 
     def named(self, name: str) -> Any:
-        """Wait for the span *name*: a waiter wakes before it is ended."""
+        """Wait for the span *name*, which ends only after waiters have woken."""
         wait_until(lambda: any(span.name == name for span in self.all()), f"the span {name}")
         return next(span for span in self.all() if span.name == name)
 
@@ -133,7 +133,7 @@ def test_the_server_gets_the_trace_context_of_the_attempt(
 
 
 @pytest.mark.usefixtures("short_backoff")
-def test_an_attempt_that_failed_is_a_span_of_its_own(
+def test_a_failed_attempt_is_a_separate_span(
     server: ScriptedServer, routes: TinkerRoutes, spans: Spans
 ) -> None:
     from opentelemetry.trace import StatusCode
@@ -152,7 +152,7 @@ def test_an_attempt_that_failed_is_a_span_of_its_own(
     assert operation.status.status_code is StatusCode.UNSET
 
 
-def test_a_failed_operation_says_so(spans: Spans, traced: ServiceClient) -> None:
+def test_the_span_of_a_failed_operation_says_so(spans: Spans, traced: ServiceClient) -> None:
     from opentelemetry.trace import StatusCode
 
     trainer = traced.create_lora_training_client("deterministic", rank=4)
@@ -165,7 +165,7 @@ def test_a_failed_operation_says_so(spans: Spans, traced: ServiceClient) -> None
     assert not any(KEY in text_of(span) for span in spans.all())
 
 
-def test_a_cancelled_operation_says_so(
+def test_the_span_of_a_cancelled_operation_says_so(
     server: ScriptedServer, routes: TinkerRoutes, spans: Spans
 ) -> None:
     with ServiceClient(base_url=server.url, tracing=True) as service:

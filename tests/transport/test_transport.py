@@ -1,4 +1,4 @@
-"""Transport: the one retry loop, typed errors, and no key anywhere."""
+"""Transport: the only retry loop, typed errors, and no key in any output."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def transport(server: ScriptedServer) -> Iterator[Transport]:
 
 @pytest.fixture
 def pauses(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> List[float]:
-    """The waits between attempts, which do not take their time."""
+    """Record the waits between attempts, without waiting."""
     waited: List[float] = []
 
     def wait(attempts: RequestAttempts, delay_s: float) -> None:
@@ -69,11 +69,11 @@ def route(request: Request = SUBMIT) -> str:
 
 
 def sent(server: ScriptedServer) -> List[Received]:
-    """What was sent, but for the question that a first request with a key entails."""
+    """Return the requests, without the one for flags that precedes a first request with a key."""
     return [r for r in server.requests() if not r.path.endswith("/client/config")]
 
 
-def test_headers_of_a_post(transport: Transport, server: ScriptedServer) -> None:
+def test_the_headers_of_a_post(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer())
     transport.send(SUBMIT, QUICK)
     headers = sent(server)[0].headers
@@ -167,10 +167,10 @@ def test_a_retry_sends_the_same_bytes_even_if_its_arrays_were_written_to(
     assert array[0] == -1
 
 
-def test_a_plain_500_then_a_reset_on_the_kept_connection_is_survived(
+def test_the_client_survives_a_plain_500_and_a_reset_of_the_kept_connection(
     transport: Transport, server: ScriptedServer
 ) -> None:
-    # Seen on servers of today: after an unhandled 500 they close the connection.
+    # Current servers do this: after an unhandled 500 they close the connection.
     server.on(
         route(),
         Answer(500, b"Internal Server Error", content_type="text/plain", close_after=True),
@@ -179,7 +179,7 @@ def test_a_plain_500_then_a_reset_on_the_kept_connection_is_survived(
     assert transport.send(SUBMIT, QUICK).status == 200
 
 
-def test_a_500_is_believed_after_four_attempts(
+def test_a_500_is_final_after_four_attempts(
     transport: Transport, server: ScriptedServer, pauses: List[float]
 ) -> None:
     server.on(route(), Answer(500, {"detail": "broken for good"}))
@@ -192,7 +192,7 @@ def test_a_500_is_believed_after_four_attempts(
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 410, 415, 422, 501])
-def test_a_response_that_will_not_change_is_not_requested_again(
+def test_a_final_response_is_not_retried(
     transport: Transport, server: ScriptedServer, status: int
 ) -> None:
     server.on(route(), Answer(status, {"detail": f"because of {status}"}))
@@ -223,7 +223,7 @@ def test_a_redirect_that_would_change_the_method_is_an_error(
         ({"Retry-After-Ms": "30"}, 0.03),
     ],
 )
-def test_the_server_says_when_to_come_back(
+def test_retry_after_sets_the_pause(
     transport: Transport, server: ScriptedServer, pauses: List[float], headers: Any, pause: float
 ) -> None:
     server.on(route(), Answer(503, headers=headers), Answer())
@@ -231,7 +231,7 @@ def test_the_server_says_when_to_come_back(
     assert pauses == [pause]
 
 
-def test_a_date_to_come_back_is_read_by_the_wall_clock(server: ScriptedServer) -> None:
+def test_a_retry_after_date_is_compared_with_the_wall_clock(server: ScriptedServer) -> None:
     clock = ManualClock(wall=784111777.0)  # Sun, 06 Nov 1994 08:49:37 GMT
     transport = Transport(quick_config(server), clock=clock)
     reply = Reply(503, {"retry-after": "Sun, 06 Nov 1994 08:49:57 GMT"}, b"")
@@ -251,7 +251,7 @@ def test_the_server_can_forbid_and_demand_retries(
     assert transport.send(SUBMIT, QUICK).status == 200
 
 
-def test_it_gives_up_when_the_policys_time_is_over(server: ScriptedServer) -> None:
+def test_retries_end_at_the_time_limit_of_the_policy(server: ScriptedServer) -> None:
     clock = ManualClock()
     transport = Transport(quick_config(server), clock=clock)
 
@@ -294,7 +294,7 @@ def test_another_key_is_not_held_back(transport: Transport, server: ScriptedServ
     transport.server.limiter._not_before = 0.0
 
 
-def test_a_429_that_stays_is_a_rate_limit_error(
+def test_a_persistent_429_is_a_rate_limit_error(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer(429, {"detail": "slow down"}, headers={"Retry-After": "9"}))
@@ -314,7 +314,7 @@ def test_a_402_raises_at_once(transport: Transport, server: ScriptedServer) -> N
     assert "billing" in str(caught.value)
 
 
-def test_a_402_is_waited_out_if_asked_to(
+def test_a_402_is_waited_out_if_requested(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(billing, "PAUSE_S", 0.001)
@@ -324,10 +324,10 @@ def test_a_402_is_waited_out_if_asked_to(
     assert len(sent(server)) == 4
 
 
-# No answer
+# No response
 
 
-def test_nothing_listens(server: ScriptedServer) -> None:
+def test_a_closed_port(server: ScriptedServer) -> None:
     port = server.port
     server.close()
     with open_transport(server) as transport, pytest.raises(APIConnectionError) as caught:
@@ -341,7 +341,7 @@ def test_nothing_listens(server: ScriptedServer) -> None:
     assert caught.value.__cause__ is not None
 
 
-def test_a_name_that_does_not_resolve(
+def test_a_host_name_that_does_not_resolve(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -361,7 +361,7 @@ def test_a_name_that_does_not_resolve(
     ("answer", "reason"),
     [(Answer(reset=True), "Connection reset"), (Answer(drop=True), "closed connection")],
 )
-def test_a_connection_that_breaks(
+def test_a_broken_connection(
     transport: Transport, server: ScriptedServer, answer: Answer, reason: str
 ) -> None:
     server.on(route(), answer)
@@ -373,7 +373,7 @@ def test_a_connection_that_breaks(
     assert reason in text
 
 
-def test_a_body_that_is_cut_off(transport: Transport, server: ScriptedServer) -> None:
+def test_a_truncated_body(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(body=b'{"request_id": "r"}', cut_after=5), Answer())
     assert transport.send(SUBMIT, QUICK).status == 200
     assert len(sent(server)) == 2
@@ -393,7 +393,7 @@ def test_a_silent_server_is_a_timeout(server: ScriptedServer, cut_after: Any) ->
     hold.set()
 
 
-def test_tls_with_a_certificate_that_is_trusted() -> None:
+def test_tls_with_a_trusted_certificate() -> None:
     with ScriptedServer(tls=True) as server:
         server.on(route(), Answer())
         with open_transport(server, ca_bundle=str(CERTIFICATE)) as transport:
@@ -407,10 +407,10 @@ def test_tls_with_an_unknown_certificate() -> None:
         with pytest.raises(APIConnectionError, match="certificate") as caught:
             transport.send(SUBMIT, QUICK)
         assert f"127.0.0.1:{server.port}" in str(caught.value)
-        assert caught.value.attempts == 1  # it will not be known the next time either
+        assert caught.value.attempts == 1  # a retry would not know it either
 
 
-def test_closing_breaks_off_a_tls_request_in_flight() -> None:
+def test_closing_aborts_a_tls_request_in_flight() -> None:
     with ScriptedServer(tls=True) as server, ThreadPoolExecutor(1) as pool:
         server.on(route(), Answer(hold=threading.Event()))
         with open_transport(server, ca_bundle=str(CERTIFICATE)) as transport:
@@ -433,7 +433,7 @@ def test_tls_to_a_plain_port(server: ScriptedServer) -> None:
     assert not caught.value.retryable
 
 
-def test_a_proxy_that_is_not_there_is_named_without_its_password(server: ScriptedServer) -> None:
+def test_an_absent_proxy_is_named_without_its_password(server: ScriptedServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     proxy = f"http://me:hunter2@127.0.0.1:{port}"
@@ -457,7 +457,7 @@ def test_a_response_that_is_not_http() -> None:
 # Closing
 
 
-def test_closing_wakes_a_retry_that_waits(transport: Transport, server: ScriptedServer) -> None:
+def test_closing_wakes_a_waiting_retry(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(503, headers={"Retry-After": "50"}))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
@@ -468,7 +468,7 @@ def test_closing_wakes_a_retry_that_waits(transport: Transport, server: Scripted
                 sending.result(PATIENCE_S)
 
 
-def test_closing_wakes_who_waits_for_the_limiter(transport: Transport) -> None:
+def test_closing_wakes_callers_that_wait_for_the_limiter(transport: Transport) -> None:
     transport.server.limiter.back_off(50.0)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
@@ -477,9 +477,7 @@ def test_closing_wakes_who_waits_for_the_limiter(transport: Transport) -> None:
             sending.result(PATIENCE_S)
 
 
-def test_closing_breaks_off_a_request_in_flight(
-    transport: Transport, server: ScriptedServer
-) -> None:
+def test_closing_aborts_a_request_in_flight(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(hold=threading.Event()))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
@@ -509,7 +507,7 @@ def echoing(received: Any) -> Answer:
 
 
 def long_echo(received: Any) -> Answer:
-    # The key lies across every place where a text might be cut.
+    # The key crosses every position at which a text might be cut.
     text = "".join(f"{'x' * 40}{received.headers['x-api-key']}" for _ in range(40))
     return Answer(500, text.encode(), content_type="text/plain")
 
@@ -519,7 +517,7 @@ def decodable_echo(received: Any) -> Answer:
 
 
 @pytest.mark.parametrize("answer", [echoing, long_echo, decodable_echo])
-def test_a_key_that_the_server_echoes_is_shown_nowhere(
+def test_an_echoed_key_is_never_shown(
     transport: Transport, server: ScriptedServer, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
     server.on(route(), answer)
@@ -529,7 +527,7 @@ def test_a_key_that_the_server_echoes_is_shown_nowhere(
     shown = "".join(traceback.format_exception(caught.type, caught.value, caught.tb))
     shown += repr(vars(caught.value)) + caplog.text + repr(pickle.dumps(caught.value))
     assert KEY not in shown
-    assert KEY[:12] not in shown  # nor most of it
+    assert KEY[:12] not in shown  # nor a large part of it
     assert "<api key>" in shown
 
 
@@ -548,7 +546,7 @@ def test_the_key_is_not_in_a_connection_error(
     assert KEY not in repr(transport) + repr(SUBMIT)
 
 
-def test_binary_answers_are_left_alone(transport: Transport, server: ScriptedServer) -> None:
+def test_binary_answers_are_not_redacted(transport: Transport, server: ScriptedServer) -> None:
     body = b"\x00" + KEY.encode() + b"\xff"
     server.on(route(), Answer(body=body, content_type="application/x-protobuf"))
     assert transport.send(SUBMIT, QUICK).body == body
@@ -583,7 +581,7 @@ def test_the_servers_words_are_in_the_message(
     assert "POST /api/v1/asample returned 422" in str(caught.value)
 
 
-def test_a_huge_error_body_is_cut(transport: Transport, server: ScriptedServer) -> None:
+def test_a_huge_error_body_is_truncated(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(400, {"detail": "x" * 100_000}))
     with pytest.raises(errors.BadRequestError) as caught:
         transport.send(SUBMIT, QUICK)
@@ -591,7 +589,7 @@ def test_a_huge_error_body_is_cut(transport: Transport, server: ScriptedServer) 
     assert len(repr(caught.value.body)) < 700
 
 
-def test_a_response_that_is_not_json_says_what_came(
+def test_the_error_about_a_response_that_is_not_json_shows_it(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer(body=b"<html>hello</html>", content_type="text/html"))
@@ -633,11 +631,11 @@ def test_traffic_classes_do_not_share_connections(
     assert server.connections == 3
 
 
-def test_a_private_channel_is_used_again_and_closed_when_dropped(
+def test_a_private_channel_is_reused_and_closed_when_dropped(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer())
-    transport.send(SUBMIT, QUICK)  # which asks for the server's flags, on a shared channel
+    transport.send(SUBMIT, QUICK)  # requests the flags on a shared channel
     others = server.connections
     channel = transport.open_channel()
     for _ in range(3):
@@ -649,7 +647,7 @@ def test_a_private_channel_is_used_again_and_closed_when_dropped(
     server.wait_until_idle()
 
 
-# What else servers and what stands before them do
+# Other habits of servers and gateways
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -679,7 +677,7 @@ def test_a_broken_compressed_answer_is_a_connection_error(
 
 
 @pytest.mark.parametrize("body", [b'{"request_id": "r', b"\x84\xdd\xff"])
-def test_a_success_that_was_damaged_on_its_way_is_requested_again(
+def test_a_success_damaged_in_transit_is_requested_again(
     transport: Transport, server: ScriptedServer, body: bytes
 ) -> None:
     server.on(route(), Answer(body=body), Answer(body={"request_id": "r"}))
@@ -699,13 +697,15 @@ def test_a_response_that_is_damaged_each_time_is_an_error_soon(
     assert caught.value.attempts == len(sent(server)) == MAX_DAMAGED
 
 
-def test_what_is_not_read_may_be_anything(transport: Transport, server: ScriptedServer) -> None:
+def test_ignored_responses_may_contain_anything(
+    transport: Transport, server: ScriptedServer
+) -> None:
     server.on(route(), Answer(body=b"ok{"))
     request = dataclasses.replace(SUBMIT, empty_response_ok=True)
     assert transport.send(request, ONCE).body == b"ok{"
 
 
-def test_without_zstandard_such_a_response_is_reported_at_once(
+def test_without_zstandard_a_zstd_response_is_reported_immediately(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(response_reading, "_HAVE_ZSTD", False)
@@ -716,7 +716,7 @@ def test_without_zstandard_such_a_response_is_reported_at_once(
     assert len(sent(server)) == 1
 
 
-def test_a_400_without_a_word_is_tried_again_on_a_new_connection(
+def test_an_empty_400_is_retried_on_a_new_connection(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer(400, b""), Answer(400, b""), Answer())
@@ -724,9 +724,7 @@ def test_a_400_without_a_word_is_tried_again_on_a_new_connection(
     assert len({attempt.connection for attempt in sent(server)}) == 3
 
 
-def test_a_400_without_a_word_that_stays_is_reported(
-    transport: Transport, server: ScriptedServer
-) -> None:
+def test_a_persistent_empty_400_is_reported(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(400, b""))
     with pytest.raises(errors.BadRequestError) as caught:
         transport.send(SUBMIT, QUICK)
@@ -735,7 +733,7 @@ def test_a_400_without_a_word_that_stays_is_reported(
         transport.send_once(SUBMIT)
 
 
-def test_a_400_with_words_is_a_response(transport: Transport, server: ScriptedServer) -> None:
+def test_a_400_with_a_text_is_final(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(400, b"{}"))
     with pytest.raises(errors.BadRequestError):
         transport.send(SUBMIT, QUICK)
@@ -762,7 +760,7 @@ def test_a_deprecation_is_reported_once(
     assert [(r.levelno, route() in r.getMessage()) for r in notes] == [(expected, True)]
 
 
-def test_the_headers_of_what_stands_before_the_server_come_from_the_environment(
+def test_headers_for_an_access_proxy_come_from_the_environment(
     server: ScriptedServer,
 ) -> None:
     server.on(route(), Answer())
@@ -783,7 +781,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("last", [Answer(), Answer(404, {"detail": "no"})], ids=["sent", "failed"])
-def test_a_request_that_was_retried_keeps_no_connection_open(
+def test_a_retried_request_keeps_no_connection_open(
     transport: Transport, server: ScriptedServer, last: Answer, no_collector: None
 ) -> None:
     server.on(route(), Answer(drop=True), Answer(503), last)
@@ -792,4 +790,4 @@ def test_a_request_that_was_retried_keeps_no_connection_open(
     with contextlib.suppress(errors.APIError):
         transport.send(SUBMIT, QUICK, channel=channel)
     del channel
-    assert kept() is None  # without the garbage collector
+    assert kept() is None  # even without the garbage collector

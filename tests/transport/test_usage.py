@@ -1,4 +1,4 @@
-"""The token meter: what is counted, what it costs, and a budget that is never exceeded."""
+"""The token meter: counts, costs, and a budget that is never exceeded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch(length: int = 4) -> List[types.Datum]:
 # What is counted
 
 
-def test_all_kinds_are_counted(service: ServiceClient) -> None:
+def test_all_kinds_of_tokens_are_counted(service: ServiceClient) -> None:
     run = service.create_lora_training_client("deterministic", rank=4)
     run.forward(batch(), "cross_entropy").result(PATIENCE_S)
     run.train_step(batch(), "cross_entropy", types.AdamParams())
@@ -59,7 +59,7 @@ def test_all_kinds_are_counted(service: ServiceClient) -> None:
     assert (seen.tokens_trained, seen.tokens_prefilled, seen.tokens_sampled) == usage.tokens
 
 
-def test_a_loss_computed_here_takes_two_passes(service: ServiceClient) -> None:
+def test_a_loss_computed_by_the_client_takes_two_passes(service: ServiceClient) -> None:
     pytest.importorskip("torch")
     run = service.create_lora_training_client("deterministic", rank=4)
 
@@ -116,7 +116,7 @@ def test_a_failure_costs_nothing(scripted: ServiceClient, routes: TinkerRoutes) 
 def test_a_budget_of_tokens(server: ScriptedServer, routes: TinkerRoutes) -> None:
     with ServiceClient(base_url=server.url, budget=Budget(tokens=20)) as client:
         sampler = client.create_sampling_client(base_model="base")
-        sampler.sample(PROMPT, 1, params(16)).result(PATIENCE_S)  # 19 at most, 4 in fact
+        sampler.sample(PROMPT, 1, params(16)).result(PATIENCE_S)  # at most 19, actually 4
         assert client.usage().tokens == Tokens(prefilled=3, sampled=1)
         before = routes.count()
         with pytest.raises(BudgetExceededError) as caught:
@@ -176,7 +176,9 @@ def test_a_budget_needs_max_tokens(server: ScriptedServer, routes: TinkerRoutes)
         sampler.compute_logprobs(PROMPT).exception(PATIENCE_S)
 
 
-def test_samples_at_once_do_not_overshoot(server: ScriptedServer, routes: TinkerRoutes) -> None:
+def test_concurrent_samples_do_not_exceed_the_budget(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
     hold = threading.Event()
     routes.serve("retrieve_future", lambda received: _held(routes, received, hold))
     with ServiceClient(base_url=server.url, budget=Budget(tokens=100)) as client:
@@ -199,7 +201,7 @@ def test_samples_at_once_do_not_overshoot(server: ScriptedServer, routes: Tinker
                 one.result(PATIENCE_S)
         assert client.usage().reserved == Tokens()
         assert client.usage().tokens == Tokens(prefilled=30, sampled=10)
-        # What was reserved and not used can be used now.
+        # Unused reservations are available again.
         assert sampler.sample(PROMPT, 1, params(57)).result(PATIENCE_S)
 
 
@@ -242,7 +244,7 @@ def test_a_reservation_is_settled_once() -> None:
         ledger.reserve("work", account, Tokens(1))
 
 
-def test_what_a_closed_client_was_refused_is_not_reserved(scripted: ServiceClient) -> None:
+def test_work_refused_by_a_closed_client_is_not_reserved(scripted: ServiceClient) -> None:
     sampler = scripted.create_sampling_client(base_model="base")
     scripted._runtime.poller.close(ConfigError("closed under our feet"))
     with pytest.raises(ConfigError):

@@ -44,11 +44,11 @@ def test_nested_lists_make_a_table():
     assert converted("target_tokens", [[1, 2], [3, 4]]).shape == (2, 2)
 
 
-def test_an_array_keeps_its_kind():
+def test_an_array_keeps_its_dtype():
     assert converted("weights", np.int32([1])).dtype == "int64"
 
 
-def test_a_tensor_is_kept_as_it_is():
+def test_a_tensor_is_kept_unchanged():
     tensor = TensorData([1.0])
     assert converted("weights", tensor) is tensor
 
@@ -67,7 +67,7 @@ def test_a_tensor_is_kept_as_it_is():
     ],
     ids=repr,
 )
-def test_what_cannot_be_sent_is_refused_by_name(value):
+def test_an_input_that_cannot_be_sent_is_refused_by_name(value):
     with pytest.raises(InvalidInputError, match="target_tokens"):
         converted("target_tokens", value)
 
@@ -102,7 +102,7 @@ def test_equality_is_by_value():
 
 
 @pytest.mark.parametrize("model_input", [[1, 2, 3], np.int64([1]), None, {"chunks": []}, "text"])
-def test_a_model_input_of_something_else_is_refused_with_the_remedy(model_input):
+def test_a_model_input_of_the_wrong_type_is_refused_with_the_remedy(model_input):
     with pytest.raises(InvalidInputError, match="model_input") as caught:
         Datum(model_input, {"weights": [1.0]})
     assert "ModelInput.from_ints" in caught.value.hint
@@ -114,7 +114,7 @@ def test_loss_inputs_without_names_are_refused(inputs):
         Datum(TEXT, inputs)
 
 
-def test_what_is_written_to_an_array_later_does_not_count():
+def test_later_changes_to_an_array_have_no_effect():
     buffer = np.ones(3, np.float32)
     datums = []
     for value in (1, 2):
@@ -123,7 +123,7 @@ def test_what_is_written_to_an_array_later_does_not_count():
     assert [datum.loss_fn_inputs["weights"].data for datum in datums] == [[1] * 3, [2] * 3]
 
 
-def test_inputs_that_are_assigned_later_are_converted_in_a_snapshot():
+def test_inputs_assigned_later_are_converted_in_a_snapshot():
     datum = Datum(TEXT, {"target_tokens": [2, 3, 4]})
     advantages = [1, 2, 3]
     datum.loss_fn_inputs["advantages"] = advantages
@@ -140,7 +140,7 @@ def test_a_snapshot_keeps_the_provenance():
     assert datum._snapshot() == datum
 
 
-def test_what_cannot_be_sent_is_refused_by_name_when_it_was_assigned_later():
+def test_an_input_assigned_later_that_cannot_be_sent_is_refused_by_name():
     datum = Datum(TEXT, {})
     datum.loss_fn_inputs["weights"] = "abc"
     with pytest.raises(InvalidInputError, match="weights"):
@@ -148,7 +148,7 @@ def test_what_cannot_be_sent_is_refused_by_name_when_it_was_assigned_later():
 
 
 def test_arrays_of_other_libraries_are_converted():
-    class Series:  # as of pandas
+    class Series:  # like pandas'
         def __array__(self, dtype=None, copy=None):
             return np.float64([1.0, 0.5])
 

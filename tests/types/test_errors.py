@@ -130,7 +130,7 @@ def test_a_status_has_its_class(status, name):
     assert status_error_type(status).__name__ == name
 
 
-def test_the_official_names_are_there():
+def test_the_official_names_exist():
     assert errors.TinkerError is TinkexError
     assert errors.APIResponseValidationError is errors.ResponseDecodeError
     assert APIStatusError("x", status=418).status_code == 418

@@ -1,4 +1,4 @@
-"""Messages read and written without dataclasses-json come out as with it."""
+"""Messages read and written without dataclasses-json have the same result as with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def messages() -> List[Type[Wire]]:
 
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    """JSON that fits *hint*, or nearly."""
+    """Draw JSON that fits *hint*, or nearly fits it."""
     inner = [one for one in typing.get_args(hint) if one is not type(None)]
     if typing.get_origin(hint) is typing.Union:
         return values_of(inner[0])
@@ -50,7 +50,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def objects_of(cls: type) -> st.SearchStrategy[Dict[str, Any]]:
-    """JSON objects for *cls*: fields may be missing, null, or unknown."""
+    """Draw JSON objects for *cls*, in which fields may be missing, null, or unknown."""
     hints = typing.get_type_hints(cls)
     values: Dict[str, st.SearchStrategy[Any]] = {"unknown": st.just({"x": None})}
     for field in dataclasses.fields(cls):
@@ -74,7 +74,7 @@ def outcome(read: Any, payload: Any) -> Any:
 @pytest.mark.parametrize("cls", messages(), ids=lambda cls: cls.__name__)
 @several(15)
 @given(data=st.data())
-def test_a_message_is_read_and_written_as_dataclasses_json_would(
+def test_a_message_is_read_and_written_as_by_dataclasses_json(
     cls: Type[Wire], data: st.DataObject
 ) -> None:
     payload = data.draw(objects_of(cls))
@@ -112,7 +112,7 @@ def test_a_long_list_is_read_and_written_without_dataclasses_json(
     assert CheckpointsListResponse.from_wire(listed.to_wire()) == listed
 
 
-def test_what_has_other_types_is_left_to_dataclasses_json() -> None:
+def test_values_of_other_types_are_left_to_dataclasses_json() -> None:
     payload = {"offset": "1", "limit": 2.0, "total_count": True}
     assert Cursor.from_wire(payload) == Cursor(1, 2, 1)
     odd: Any = Cursor("1", 2.5, 3)  # type: ignore[arg-type]

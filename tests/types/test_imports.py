@@ -1,4 +1,4 @@
-"""What importing the values costs: nothing heavy, no warning."""
+"""Importing the value types loads nothing heavy and gives no warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_nothing_heavy_is_imported(module):
     assert done.stdout.split() == []
 
 
-def test_every_exported_name_is_there():
+def test_every_exported_name_exists():
     import tinkex.types
 
     missing = [name for name in tinkex.types.__all__ if not hasattr(tinkex.types, name)]

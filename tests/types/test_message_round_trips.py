@@ -1,4 +1,4 @@
-"""Whatever a control message says, it says the same after the wire; tests/wire has the batches."""
+"""Every control message is unchanged by a round trip; tests/wire tests the batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ instants = st.datetimes(
     st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)),
     st.integers(-14 * 60, 14 * 60),
 )
-#: Where anything may stand.
+#: Values for places that accept anything.
 free = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | numbers | text,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),
@@ -53,7 +53,7 @@ BY_TYPE: Dict[Any, st.SearchStrategy[Any]] = {
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of the annotation *hint*."""
+    """Draw values that conform to the annotation *hint*."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in BY_TYPE:
         return BY_TYPE[hint]
@@ -96,7 +96,7 @@ def test_a_control_message(kind: Type[Wire], data: Any) -> None:
 
 @several(60)
 @given(payload=st.dictionaries(text, free, max_size=4), kind=text.filter(lambda t: t != "active"))
-def test_an_object_of_an_unknown_kind_is_kept_as_it_is(payload: Dict[str, Any], kind: str) -> None:
+def test_an_object_of_an_unknown_kind_is_kept_unchanged(payload: Dict[str, Any], kind: str) -> None:
     sent = {"session_id": "s", "created_at": "2026-01-01T00:00:00Z",
             "status": {**payload, "type": f"new_{kind}"}}  # fmt: skip
     status = types.SessionSummary.from_wire(sent).status

@@ -15,7 +15,7 @@ CHECKPOINT = types.Checkpoint("weights/a", "training", NOON, "tinker://r/weights
 RUN = types.TrainingRun("r", "m", "owner", True, NOON, last_checkpoint=CHECKPOINT)
 
 
-def test_all_fields_are_there_with_those_of_nested_messages() -> None:
+def test_all_fields_are_dumped_including_those_of_nested_messages() -> None:
     dumped = RUN.model_dump()
     assert dumped["training_run_id"] == "r"
     assert dumped["last_request_time"] == NOON
@@ -51,20 +51,20 @@ def test_json_is_compact_unless_it_is_indented() -> None:
     assert response.model_dump_json(indent=1) == '{\n "path": "tinker://r/weights/ä"\n}'
 
 
-def test_none_may_be_left_out_everywhere() -> None:
+def test_none_can_be_excluded_everywhere() -> None:
     dumped = RUN.model_dump(exclude_none=True)
     assert "last_sampler_checkpoint" not in dumped
     assert "size_bytes" not in dumped["last_checkpoint"]
 
 
-def test_fields_may_be_chosen() -> None:
+def test_fields_can_be_chosen() -> None:
     assert CHECKPOINT.model_dump(include={"checkpoint_id", "public"}, exclude={"public"}) == {
         "checkpoint_id": "weights/a"
     }
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_json_has_null_for_what_it_cannot_express(value: float) -> None:
+def test_json_has_null_for_values_that_it_cannot_express(value: float) -> None:
     response = types.OptimStepResponse({"norm": value})
     assert response.model_dump_json() == '{"metrics":{"norm":null}}'
     assert response.model_dump()["metrics"]["norm"] is value

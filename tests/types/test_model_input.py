@@ -59,7 +59,7 @@ def test_no_tokens_are_an_empty_array_of_integers():
     ],
     ids=repr,
 )
-def test_what_is_no_token_sequence_is_refused(tokens):
+def test_a_value_that_is_not_a_token_sequence_is_refused(tokens):
     with pytest.raises(InvalidInputError):
         EncodedTextChunk(tokens)
 
@@ -94,7 +94,7 @@ def test_a_list_of_chunks_equals_a_tuple_of_them():
     assert hash(made) == hash(ModelInput((EncodedTextChunk([1]),)))
 
 
-def test_an_image_has_the_length_it_was_given_or_none():
+def test_an_image_has_the_given_length_or_none():
     assert ImageChunk(b"x", "png", 5).length == 5
     for chunk in (ImageChunk(b"x", "png"), POINTER):
         with pytest.raises(InvalidInputError, match="expected_tokens"):
@@ -136,7 +136,7 @@ def test_a_broken_audio_container_is_refused(container):
     ],
     ids=repr,
 )
-def test_chunks_go_through_json(chunk):
+def test_chunks_survive_a_json_round_trip(chunk):
     assert ModelInput.from_json(ModelInput([chunk]).to_json()) == ModelInput([chunk])
 
 
@@ -172,7 +172,7 @@ def test_a_malformed_json_form_is_refused(payload):
         ModelInput.from_json(payload)
 
 
-def test_it_pickles():
+def test_a_model_input_pickles():
     made = ModelInput([EncodedTextChunk([1]), ImageChunk(b"x", "png")])
     assert pickle.loads(pickle.dumps(made)) == made
 
@@ -184,14 +184,14 @@ def test_it_pickles():
 @pytest.mark.parametrize(
     "make", [ModelInput.from_ints, lambda ids: ModelInput([EncodedTextChunk(ids)])]
 )
-def test_what_is_written_to_the_tokens_later_does_not_count(make, dtype):
+def test_later_changes_to_the_tokens_have_no_effect(make, dtype):
     buffer = np.arange(4, dtype=dtype)
     made = make(buffer)
     buffer[:] = 9
     assert made.to_ints() == [0, 1, 2, 3]
 
 
-def test_tokens_are_copied_whatever_offers_their_memory():
+def test_tokens_are_copied_from_any_buffer():
     torch = pytest.importorskip("torch")
     buffer, shared = array.array("i", [1, 2]), torch.tensor([1, 2], dtype=torch.int32)
     made = [ModelInput.from_ints(ids) for ids in (buffer, memoryview(buffer), shared, [*buffer])]
@@ -199,7 +199,7 @@ def test_tokens_are_copied_whatever_offers_their_memory():
     assert [one.to_ints() for one in made] == [[1, 2]] * 4
 
 
-def test_the_array_of_all_tokens_is_the_callers_own():
+def test_the_array_of_all_tokens_is_a_copy():
     for tokens in ([1, 2], np.int32([1, 2])):
         made = ModelInput.from_ints(tokens)
         made.to_numpy()[0] = 9
@@ -255,12 +255,12 @@ def test_another_type_is_refused(make):
         make()
 
 
-def test_chunks_may_be_in_their_json_form():
+def test_chunks_may_be_given_in_their_json_form():
     assert ModelInput([{"tokens": [1], "type": "encoded_text"}]) == ModelInput.from_ints([1])
 
 
 @pytest.mark.parametrize("chunks", [[1, 2], 5, None, "abc", EncodedTextChunk([1]), {}, [None]])
-def test_what_is_no_list_of_chunks_is_refused_with_the_remedy(chunks):
+def test_a_value_that_is_not_a_list_of_chunks_is_refused_with_the_remedy(chunks):
     with pytest.raises(InvalidInputError) as caught:
         ModelInput(chunks)
     assert "ModelInput.from_ints" in caught.value.hint
@@ -277,7 +277,7 @@ def test_what_is_no_list_of_chunks_is_refused_with_the_remedy(chunks):
         lambda: DmelChunk([1]),
     ],
 )
-def test_a_chunk_of_something_else_is_refused(make):
+def test_a_chunk_of_the_wrong_type_is_refused(make):
     with pytest.raises(InvalidInputError, match="Chunk"):
         make()
 
@@ -287,12 +287,12 @@ def test_a_chunk_of_something_else_is_refused(make):
 
 @pytest.mark.parametrize("ids", [[1, 2], (1, 2), np.int64([1, 2]), [[1, 2]], np.int64([[1, 2]])])
 @pytest.mark.parametrize("mapping", [dict, collections.UserDict])
-def test_the_only_sequence_of_an_encoding_is_taken(mapping, ids):
+def test_the_only_sequence_of_an_encoding_is_used(mapping, ids):
     encoding = mapping({"input_ids": ids, "attention_mask": [1, 1]})
     assert ModelInput.from_ints(encoding).to_ints() == [1, 2]
 
 
-def test_the_only_tensor_of_an_encoding_is_taken():
+def test_the_only_tensor_of_an_encoding_is_used():
     torch = pytest.importorskip("torch")
     for ids in (torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])]):
         assert ModelInput.from_ints({"input_ids": ids}).to_ints() == [1, 2]
@@ -309,7 +309,7 @@ def test_the_only_tensor_of_an_encoding_is_taken():
     ],
     ids=repr,
 )
-def test_an_encoding_of_something_else_is_refused(encoding, message):
+def test_an_encoding_without_one_token_sequence_is_refused(encoding, message):
     with pytest.raises(InvalidInputError, match=message):
         ModelInput.from_ints(encoding)
 
@@ -332,7 +332,7 @@ def test_a_tensor_with_a_gradient_is_refused():
     ],
     ids=repr,
 )
-def test_what_is_given_for_a_model_input_decides_the_hint(given, hint):
+def test_the_hint_depends_on_the_value_given_as_a_model_input(given, hint):
     with pytest.raises(InvalidInputError, match="not a ModelInput") as of_datum:
         Datum(given, {})
     request = SampleRequest(given, 1, SamplingParams())
@@ -348,7 +348,7 @@ def test_what_is_given_for_a_model_input_decides_the_hint(given, hint):
     [([[1, 2]], "tokens[0]"), (np.ones((2, 3), int), "each row"), ([1.0], "astype")],
     ids=repr,
 )
-def test_the_hint_fits_what_was_given(tokens, hint):
+def test_the_hint_fits_the_given_tokens(tokens, hint):
     with pytest.raises(InvalidInputError) as caught:
         ModelInput.from_ints(tokens)
     assert hint in caught.value.hint

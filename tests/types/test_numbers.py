@@ -20,12 +20,12 @@ from tinkex.wire.proto_codec import PROTOBUF
 
 
 def lists_of(*start: object) -> list:
-    """The same values in a short list, and in one that is left to numpy."""
+    """Return the same values in a short list, and in one long enough to be left to numpy."""
     return [[*start], [*start, *[1] * SHORT]]
 
 
 @pytest.mark.parametrize("tokens", lists_of(0, 7, 2**31 - 1), ids=len)
-def test_both_ways_of_keeping_tokens_are_equal(tokens: list) -> None:
+def test_both_ways_of_storing_tokens_are_equal(tokens: list) -> None:
     chunk, same = EncodedTextChunk(tokens), EncodedTextChunk(np.int64(tokens))
     assert chunk == same
     assert hash(chunk) == hash(same)
@@ -42,14 +42,14 @@ def test_ids_out_of_range_are_refused(tokens: list) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[1.0], ["1"], [[1]], [True], [None], "abc", 5])
-def test_what_is_no_list_of_integers_is_refused(tokens: object) -> None:
+def test_a_value_that_is_not_a_list_of_integers_is_refused(tokens: object) -> None:
     with pytest.raises(InvalidInputError):
         EncodedTextChunk(tokens)
 
 
 @pytest.mark.parametrize("ask_first", [False, True])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_copies_are_whole(clone: object, ask_first: bool) -> None:
+def test_copies_are_complete(clone: object, ask_first: bool) -> None:
     sequence = SampledSequence("stop", from_bytes("i", b"\1\0\0\0"), from_bytes("f", bytes(4)))
     if ask_first:
         assert sequence.tokens_np.tolist() == [1]
@@ -59,7 +59,7 @@ def test_copies_are_whole(clone: object, ask_first: bool) -> None:
     assert twin.logprobs_np.dtype == np.float32
 
 
-def test_a_field_stays_a_field() -> None:
+def test_lazily_converted_fields_behave_like_dataclass_fields() -> None:
     sequence = SampledSequence("length", np.int32([3]))
     assert sequence.logprobs_np is None
     assert dataclasses.replace(sequence, sequence_id="q").tokens == [3]
@@ -69,7 +69,7 @@ def test_a_field_stays_a_field() -> None:
         sequence.tokens_np = np.int32([4])
 
 
-def test_an_array_shares_its_memory_with_what_was_kept() -> None:
+def test_an_array_shares_memory_with_the_stored_bytes() -> None:
     sequence = SampledSequence("stop", from_bytes("i", b"\1\0\0\0\2\0\0\0"))
     kept = as_kept(sequence, "tokens_np")
     sequence.tokens_np[0] = 9

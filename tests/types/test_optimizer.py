@@ -1,4 +1,4 @@
-"""Optimizers: what is sent for a run and for a step, and what is refused before."""
+"""Optimizers: the fields sent for a run and for a step, and refused parameters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_any_other_family_passes_through(config, sent):
     assert optim_params_to_wire(config) == {"optimizer_params": sent}
 
 
-def test_adam_has_a_field_of_its_own_and_dimuon_has_not():
+def test_adam_has_a_field_of_its_own_and_dimuon_does_not():
     assert set(optim_params_to_wire(AdamParams())) == {"adam_params"}
     assert optim_params_to_wire(DimuonParams(0.02, beta1=0.5)) == {
         "optimizer_params": {
@@ -89,12 +89,12 @@ def test_adam_has_a_field_of_its_own_and_dimuon_has_not():
     ],
     ids=repr,
 )
-def test_what_cannot_be_meant_is_refused(params, what):
+def test_invalid_optimizer_parameters_are_refused(params, what):
     with pytest.raises(InvalidInputError, match=what):
         optim_params_to_wire(params)
 
 
-def test_what_is_sent_does_not_change_with_the_callers_dict():
+def test_later_changes_to_the_callers_dict_have_no_effect():
     params = {"type": "lion", "deep": {"x": 1}}
     sent = optim_params_to_wire(params)
     params["deep"]["x"] = 2

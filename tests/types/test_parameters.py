@@ -1,4 +1,4 @@
-"""SamplingParams, SampleRequest, AdamParams, LoraConfig: what is sent, and what is refused."""
+"""SamplingParams, SampleRequest, AdamParams, LoraConfig: the fields sent, and refused values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPT = ModelInput.from_ints([1, 2])
     ],
     ids=repr,
 )
-def test_sampling_params_in_range_pass(values):
+def test_sampling_params_in_range_are_accepted(values):
     SamplingParams(**values).check()
 
 
@@ -82,7 +82,7 @@ def test_sampling_params_out_of_range_are_refused_by_name(values):
         SamplingParams(**values).check()
 
 
-def test_only_what_is_set_is_sent():
+def test_only_fields_that_are_set_are_sent():
     assert SamplingParams().to_json() == {"temperature": 1.0, "top_k": -1, "top_p": 1.0}
     assert SamplingParams(stop=[]).to_json()["stop"] == []
     assert SampleRequest(PROMPT).to_json().keys() == {
@@ -94,7 +94,7 @@ def test_only_what_is_set_is_sent():
     }
 
 
-def test_a_sample_request_goes_through_json():
+def test_a_sample_request_survives_a_json_round_trip():
     request = SampleRequest(
         PROMPT,
         num_samples=3,
@@ -114,7 +114,7 @@ def test_a_sample_request_goes_through_json():
     )
 
 
-def test_target_prompt_logprobs_go_through_json():
+def test_target_prompt_logprobs_survive_a_json_round_trip():
     target = TensorData([5, -1], "int64", (1, 2))
     encoded = SampleRequest(PROMPT, target_prompt_logprobs=target).to_json()
     assert encoded["target_prompt_logprobs"]["data"] is target.values
@@ -148,12 +148,12 @@ def test_a_malformed_sample_request_is_refused(changes):
         SampleRequest.from_json(payload)
 
 
-def test_a_sample_request_that_is_no_object_is_refused():
+def test_a_sample_request_that_is_not_an_object_is_refused():
     with pytest.raises(InvalidInputError):
         SampleRequest.from_json(None)
 
 
-def test_lists_of_logprobs_show_what_is_unknown_as_none():
+def test_lists_of_logprobs_show_unknown_values_as_none():
     topk = TopkLogprobs(
         np.int32([[0, 0], [0, 8], [9, 0]]),
         np.float32([[-99999, -99999], [-1, -2], [-0.5, -99999]]),
@@ -194,7 +194,7 @@ def test_adam_params_out_of_range_are_refused_by_name(values):
         AdamParams(**values).check()
 
 
-def test_adam_params_in_range_pass_and_what_came_later_is_sent_only_if_set():
+def test_adam_params_in_range_are_accepted_and_newer_fields_are_sent_only_if_set():
     params = AdamParams(learning_rate=0, beta1=0, beta2=0.999, eps=0)
     params.check()
     first = {"learning_rate": 0, "beta1": 0, "beta2": 0.999, "eps": 0}
@@ -210,7 +210,7 @@ def test_an_impossible_rank_is_refused(rank):
         LoraConfig(rank=rank).check()
 
 
-def test_an_adapter_of_nothing_is_refused():
+def test_an_adapter_without_layers_is_refused():
     LoraConfig(rank=1, train_mlp=False, train_unembed=False).check()
     with pytest.raises(InvalidInputError, match="nothing to train"):
         LoraConfig(train_attn=False, train_mlp=False, train_unembed=False).check()

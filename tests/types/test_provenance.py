@@ -1,4 +1,4 @@
-"""Where tokens came from: the spans a Datum may carry."""
+"""The origin of tokens: the spans that a Datum may carry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_span_has_an_id_an_offset_and_a_length():
     assert pickle.loads(pickle.dumps(span)) == span
 
 
-def test_a_prompt_and_a_sampled_run_are_different_things():
+def test_a_prompt_span_and_a_sampled_span_differ():
     assert PromptProvenanceSpan("q", length=1) != SampledProvenanceSpan("q", length=1)
     assert "SampledProvenanceSpan(sequence_id='q'" in repr(SampledProvenanceSpan("q", length=1))
 
@@ -77,13 +77,13 @@ def test_the_error_for_an_input_of_unknown_length_names_what_is_missing():
         image.with_provenance([], [])
 
 
-def test_both_kinds_of_spans_or_neither():
+def test_both_kinds_of_spans_are_required_or_neither():
     with pytest.raises(InvalidInputError, match="both"):
         Datum(DATUM.model_input, DATUM.loss_fn_inputs, model_input_spans=THREE)
 
 
 @pytest.mark.parametrize("spans", [["q"], "q", 5, THREE[0]], ids=repr)
-def test_what_is_no_list_of_spans_is_refused(spans):
+def test_a_value_that_is_not_a_list_of_spans_is_refused(spans):
     if spans is THREE[0]:
         assert Datum(ModelInput.empty(), {}, spans, []).model_input_spans == (spans,)
         return

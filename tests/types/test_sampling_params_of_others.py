@@ -1,4 +1,4 @@
-"""Arguments that SamplingParams does not have: accepted with a warning, like the official class."""
+"""Unknown arguments of SamplingParams: accepted with a warning, as in the official class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_unknown_argument_is_ignored_with_a_warning_that_names_it() -> None:
 
 
 @pytest.mark.parametrize("ids", [[7, 8], (7, 8), np.array([7, 8])])
-def test_stop_token_ids_are_stop(ids: object) -> None:
+def test_stop_token_ids_are_used_as_stop(ids: object) -> None:
     with pytest.warns(UserWarning, match="'stop_token_ids': its token ids are used as stop"):
         params = SamplingParams(stop_token_ids=ids)  # type: ignore[call-arg]
     assert params == SamplingParams(stop=[7, 8])
@@ -42,7 +42,7 @@ def test_a_bad_stop_token_id_is_found_by_the_check() -> None:
         params.check()
 
 
-def test_each_place_warns_once() -> None:
+def test_each_calling_line_warns_once() -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
         for _ in range(3):

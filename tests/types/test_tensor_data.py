@@ -41,14 +41,14 @@ def test_other_arrays_are_refused_with_the_remedy(array):
 
 @pytest.mark.parametrize("dtype", ["int64", "float32", "int32", "float64"])
 @pytest.mark.parametrize("make", [TensorData, TensorData.from_numpy])
-def test_what_is_written_to_the_array_later_does_not_count(make, dtype):
+def test_later_changes_to_the_array_have_no_effect(make, dtype):
     buffer = np.arange(4, dtype=dtype)
     tensor = make(buffer)
     buffer[:] = 9
     assert tensor.data == [0, 1, 2, 3]
 
 
-def test_an_array_is_copied_whatever_offers_its_memory():
+def test_an_array_is_copied_from_any_buffer():
     torch = pytest.importorskip("torch")
     buffer = array.array("f", [1.0, 2.0])
     shared = torch.tensor([1.0, 2.0])
@@ -61,7 +61,7 @@ def test_an_array_is_copied_whatever_offers_its_memory():
     assert sparse.tolist() == [[0.0, 5.0]]
 
 
-def test_the_array_of_a_tensor_is_the_callers_own():
+def test_the_array_of_a_tensor_is_a_copy():
     torch = pytest.importorskip("torch")
     for tensor in (TensorData([1.0, 2.0]), sparse(data=[1.0, 2.0], dtype="float32")):
         before = tensor.tolist()
@@ -71,7 +71,7 @@ def test_the_array_of_a_tensor_is_the_callers_own():
     assert tensor.to_torch().dtype == torch.float32
 
 
-def test_a_strided_array_is_laid_out_anew():
+def test_a_strided_array_is_made_contiguous():
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     tensor = TensorData.from_numpy(array)
     assert tensor.shape == (3, 2)
@@ -87,7 +87,7 @@ def test_ragged_rows_are_refused_with_the_remedy(rows):
 
 
 @pytest.mark.parametrize("values", [[1.5], [math.nan], [math.inf], [1e30], [2**63], [2**70], ["1"]])
-def test_what_is_no_int64_is_not_cut_down_to_one(values):
+def test_values_that_are_not_int64_are_not_truncated(values):
     with pytest.raises(InvalidInputError):
         TensorData(values, "int64")
 
@@ -108,7 +108,7 @@ def test_an_overflow_of_float32_is_infinite_without_a_warning():
     assert TensorData([1e300], "float32").data == [math.inf]
 
 
-def test_the_shape_may_be_given_apart_from_flat_data():
+def test_the_shape_may_be_given_with_flat_data():
     tensor = TensorData([1, 2, 3, 4], "int64", (2, 2))
     assert tensor.tolist() == [[1, 2], [3, 4]]
     assert len(tensor) == 2
@@ -200,7 +200,7 @@ def test_equal_tensors_have_equal_hashes():
     assert hash(TensorData([0.0])) == hash(TensorData([-0.0]))
 
 
-def test_it_is_frozen_and_pickles():
+def test_a_tensor_is_frozen_and_pickles():
     tensor = sparse()
     with pytest.raises(AttributeError):
         tensor.dtype = "float32"
@@ -211,7 +211,7 @@ def test_it_is_frozen_and_pickles():
 # ---- torch, where it is installed ----
 
 
-def test_torch_tensors_go_both_ways_and_are_copied():
+def test_torch_tensors_are_converted_both_ways_and_copied():
     torch = pytest.importorskip("torch")
     source = torch.tensor([[1.5, 2.0]], requires_grad=True)
     tensor = TensorData.from_torch(source)
@@ -251,7 +251,7 @@ def test_a_torch_table_becomes_sparse_if_that_is_smaller():
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 40_000])
 @pytest.mark.parametrize("at", [None, 0, 1, 31, 32, 33, 79])
-def test_the_first_array_with_such_an_element(length, at):
+def test_first_where_finds_the_first_array_with_such_an_element(length, at):
     arrays = [np.zeros(length + 1, np.float32) for _ in range(80)]
     if at is not None:
         arrays[at][-1] = np.nan
@@ -259,6 +259,6 @@ def test_the_first_array_with_such_an_element(length, at):
     assert first_where(np.isnan, arrays) == at
 
 
-def test_no_arrays_have_no_such_element():
+def test_first_where_finds_nothing_in_empty_arrays():
     assert first_where(np.isnan, []) is None
     assert first_where(np.isnan, [np.float32([])] * 3) is None

@@ -56,7 +56,7 @@ def test_unknown_fields_are_ignored_at_every_depth():
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_a_missing_field_and_a_null_are_named_alike(null):
+def test_a_missing_field_and_a_null_give_the_same_error(null):
     payload = {"session_id": None} if null else {}
     with pytest.raises(
         ResponseDecodeError, match=r"CreateSessionResponse.*'session_id' is missing"
@@ -86,7 +86,7 @@ def test_a_null_in_a_required_nested_field_is_refused():
 
 
 @pytest.mark.parametrize("payload", [None, [], "text", 5])
-def test_what_is_no_object_is_refused(payload):
+def test_a_value_that_is_not_an_object_is_refused(payload):
     with pytest.raises(ResponseDecodeError, match="expected a JSON object for UntypedFuture"):
         UntypedFuture.from_wire(payload)
 
@@ -120,12 +120,12 @@ def test_none_is_not_sent():
     assert "expires_at" not in run["last_checkpoint"]
 
 
-def test_messages_go_both_ways():
+def test_messages_are_read_and_written():
     run = TrainingRun.from_wire({**RUN, "user_metadata": {"a": "b"}})
     assert TrainingRun.from_wire(json.loads(json.dumps(run.to_wire()))) == run
 
 
-def test_bulk_fields_are_handed_through_as_they_are():
+def test_bulk_fields_are_passed_through_unchanged():
     ids, metrics, metadata = ["a"] * 3, {"loss:sum": 1.0}, {"k": {"deep": [1]}}
     assert (
         UntypedFuture.from_wire({"request_id": "r", "sample_sequence_ids": ids}).sample_sequence_ids
@@ -136,7 +136,7 @@ def test_bulk_fields_are_handed_through_as_they_are():
     assert GetSessionResponse.from_wire(session).user_metadata is metadata
 
 
-def test_bulk_fields_are_not_copied_on_the_way_out():
+def test_bulk_fields_are_not_copied_when_written():
     ids = ["a"] * 3
     assert UntypedFuture("r", sample_sequence_ids=ids).to_wire()["sample_sequence_ids"] is ids
 
@@ -163,7 +163,7 @@ def test_a_null_metric_is_nan_and_an_integer_becomes_a_float():
         (GetSessionResponse, {"training_run_ids": [], "sampler_ids": [], "user_metadata": [1]}),
     ],
 )
-def test_a_bulk_field_of_another_kind_is_refused(message, payload):
+def test_a_bulk_field_of_the_wrong_type_is_refused(message, payload):
     with pytest.raises(ResponseDecodeError, match=message.__name__):
         message.from_wire(payload)
 
@@ -200,9 +200,9 @@ def test_times_are_written_with_their_zone():
     assert Checkpoint.from_wire(CHECKPOINT).to_wire()["time"] == "2026-11-22T15:04:05.500000+00:00"
 
 
-def test_reading_leaves_the_filters_of_other_threads_alone():
-    # warnings.catch_warnings swaps the filters of the entire process, and threads that overlap
-    # put back each other's.
+def test_reading_does_not_change_the_warning_filters_of_other_threads():
+    # warnings.catch_warnings replaces the filters of the whole process, and overlapping threads
+    # would restore each other's.
     before = list(warnings.filters)
     barrier = threading.Barrier(4)
 
@@ -219,7 +219,7 @@ def test_reading_leaves_the_filters_of_other_threads_alone():
     assert warnings.filters == before
 
 
-def test_an_excerpt_is_cut():
+def test_an_excerpt_is_truncated():
     assert excerpt("a" * 500, limit=10) == "'aaaaaaaaa... (502 characters)"
 
 

@@ -1,4 +1,4 @@
-"""Random values of everything the codecs carry, and equality where the types have none."""
+"""Random values of everything the codecs carry, and equality for types without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arrays(dtype: Any, shape: Any, elements: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def dense(draw: Any, min_dims: int = 1) -> TensorData:
-    # Sides of at least 1: a batched tensor does not say how many rows of nothing there are.
+    # Sides of at least 1: a batched tensor does not record the number of empty rows.
     shape = draw(npst.array_shapes(min_dims=min_dims, max_dims=3, max_side=3))
     if draw(st.booleans()):
         shape = (0, *shape[1:])
@@ -105,7 +105,7 @@ outputs = st.builds(
 
 @st.composite
 def topks(draw: Any) -> TopkLogprobs:
-    """A table in which each row lists some cells and ends in sentinels; some row lists k."""
+    """Draw a table whose rows have some cells and end in sentinels; at least one row has k."""
     length, k = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     token_ids = draw(arrays(np.int32, (length, k), st.integers(1, 2**31 - 1)))
     logprobs = draw(arrays(np.float32, (length, k), float32s))

@@ -1,4 +1,4 @@
-"""Malformed bodies raise one typed error, whatever is wrong with them."""
+"""Malformed bodies raise one typed error, whatever their fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 
 
 def read_everything(codec, body: bytes) -> int:
-    """Feed *body* to every decoder; count the refusals.  Any other exception fails the test."""
+    """Feed *body* to every decoder and count refusals; any other exception fails the test."""
     refused = 0
     for decode, error in (
         (codec.decode_output, ResponseDecodeError),
@@ -156,7 +156,7 @@ def test_the_json_above_is_well_formed_before_it_is_broken():
         b'{"NaN": ' + b"[" * 100_000,
     ],
 )
-def test_json_that_is_no_message_at_all(body: bytes):
+def test_json_that_is_not_a_message(body: bytes):
     assert read_everything(JSON, body) == 3
 
 
@@ -234,7 +234,7 @@ def test_a_record_that_contradicts_itself(changes):
         PROTOBUF.decode_output(batched(**changes))
 
 
-def test_a_few_bytes_cannot_ask_for_all_memory():
+def test_a_few_bytes_cannot_demand_all_memory():
     record = pb.ArrayRecord(num_datums=2**62)
     body = pb.ForwardBackwardOutput(loss_fn_outputs=[record]).SerializeToString()
     with pytest.raises(ResponseDecodeError, match="datums"):
@@ -258,7 +258,7 @@ def test_a_sequence_that_contradicts_itself(sequence):
 
 
 @pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=lambda codec: codec.name)
-def test_what_cannot_be_written_is_the_callers_error(codec):
+def test_a_value_that_cannot_be_written_is_the_callers_error(codec):
     request = test_golden.request_a()
     for bad in ({"model_id": "\ud800"}, {"seq_id": 2**70}, {"loss_fn_config": {"a": object()}}):
         with pytest.raises(InvalidInputError):

@@ -44,12 +44,12 @@ def test_a_run_is_closed_when_it_has_its_number_of_datums():
     assert runs([4] * 5, max_datums=2, max_bytes=100) == [[4, 4], [4, 4], [4]]
 
 
-def test_a_datum_above_the_limit_goes_alone():
+def test_a_datum_above_the_limit_is_sent_alone():
     assert runs([4, 40, 4], max_datums=10, max_bytes=16) == [[4], [40], [4]]
     assert runs([40, 4], max_datums=10, max_bytes=16) == [[40], [4]]
 
 
-def test_no_data_is_no_run():
+def test_no_data_gives_no_run():
     assert split([], max_datums=10, max_bytes=10) == []
 
 
@@ -126,7 +126,7 @@ def test_a_mean_over_no_datums_is_unweighted():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "min", "max", "slack"])
-def test_a_nan_is_not_lost(reduction):
+def test_a_nan_metric_is_kept(reduction):
     for values in ([math.nan, 1.0], [1.0, math.nan]):
         (value,) = joined(f"x:{reduction}", values).values()
         assert math.isnan(value)
@@ -143,6 +143,6 @@ def test_values_may_be_numpy_numbers():
     assert joined("x:sum", [np.float32(1), np.float32(2)]) == {"x:sum": 3.0}
 
 
-def test_nothing_cannot_be_combined():
+def test_an_empty_list_of_outputs_cannot_be_combined():
     with pytest.raises(InvalidInputError):
         combine([])

@@ -1,4 +1,4 @@
-"""Which codec is taken, and that protobuf is imported only when it is asked for."""
+"""Which codec is chosen, and that protobuf is imported only when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated module: up to date, and at peace with the official SDK's in one process."""
+"""The generated module is up to date, and works beside the official SDK's in one process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_the_generated_module_is_current(tmp_path):
         assert fresh == (FOLDER / name).read_text(), f"run {script}"
 
 
-def test_the_generated_module_asks_for_no_particular_runtime():
-    # Code from newer compilers refuses runtimes older than themselves.
+def test_the_generated_module_requires_no_particular_runtime():
+    # Code from newer compilers refuses runtimes older than the compiler.
     assert "runtime_version" not in (FOLDER / GENERATED[0]).read_text()
 
 
-def test_another_package_may_define_the_protocols_own_names():
+def test_another_package_may_define_the_same_protobuf_names():
     # The official SDK registers a file of this name, whose package is tinker_public.
     script = (
         "from google.protobuf import descriptor_pb2, descriptor_pool\n"
@@ -43,7 +43,7 @@ def test_another_package_may_define_the_protocols_own_names():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_the_numbers_that_no_golden_vector_shows():
+def test_the_field_numbers_that_no_golden_vector_shows():
     def numbers(message):
         return {field.name: field.number for field in message.DESCRIPTOR.fields}
 

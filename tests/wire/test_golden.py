@@ -78,12 +78,12 @@ def request_b() -> ForwardBackwardRequest:
     )
 
 
-def test_a_request_with_numbers_and_text_in_its_config_goes_both_ways():
+def test_a_request_with_numbers_and_text_in_its_config_encodes_and_decodes():
     assert PROTOBUF.encode_forward_backward(request_a()) == A
     assert PROTOBUF.decode_forward_backward(A) == request_a()
 
 
-def test_a_request_with_an_image_and_a_sparse_tensor_goes_both_ways():
+def test_a_request_with_an_image_and_a_sparse_tensor_encodes_and_decodes():
     assert PROTOBUF.encode_forward_backward(request_b()) == B
     assert PROTOBUF.decode_forward_backward(B) == request_b()
 
@@ -104,7 +104,7 @@ def test_the_schema_has_the_provenance_spans():
     assert message.SerializeToString(deterministic=True) == C
 
 
-def test_a_request_with_provenance_goes_both_ways():
+def test_a_request_with_provenance_encodes_and_decodes():
     datum = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
     datum = datum.with_provenance(
         model_input=[
@@ -121,7 +121,7 @@ def test_a_request_with_provenance_goes_both_ways():
     assert PROTOBUF.decode_forward_backward(C) == request
 
 
-def test_an_output_goes_both_ways_and_loses_the_module_of_its_type():
+def test_an_output_encodes_and_decodes_without_the_module_of_its_type():
     outputs = [{"logprobs": TensorData([-1.0, -2.0])}, {"logprobs": TensorData([-3.0])}]
     sent = ForwardBackwardOutput(outputs, {"loss:sum": 1.5}, "a.b:TorchLossReturn")
     assert PROTOBUF.encode_output(sent) == D
@@ -132,7 +132,7 @@ def test_an_output_goes_both_ways_and_loses_the_module_of_its_type():
     assert [datum["logprobs"].shape for datum in received.loss_fn_outputs] == [(2,), (1,)]
 
 
-def test_samples_go_both_ways():
+def test_samples_encode_and_decode():
     sent = SampleResponse(
         sequences=[SampledSequence("length", np.int32([11, 12]), np.float32([-0.5, -0.25]))],
         prompt_logprobs_np=np.float32([math.nan, -2]),
@@ -165,5 +165,5 @@ def test_narrow_numbers_are_widened_and_missing_counts_inferred():
 
 
 def test_the_schema_writes_the_bytes_of_the_narrow_output():
-    # Our encoder never narrows, so the other way round is the schema's alone.
+    # Our encoder never narrows, so only the schema can be tested in this direction.
     assert pb.ForwardBackwardOutput.FromString(F).SerializeToString(deterministic=True) == F

@@ -1,4 +1,4 @@
-"""The JSON dialect: its exact form, and what servers do differently with it."""
+"""The JSON dialect: its exact form, and the variations of servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def samples(**fields) -> SampleResponse:
     return JSON.decode_samples(json.dumps(body).encode())
 
 
-def test_the_body_is_the_legacy_form_and_nothing_more():
+def test_the_body_has_exactly_the_legacy_form():
     assert json.loads(JSON.encode_forward_backward(request())) == {
         "forward_backward_input": {
             "data": [
@@ -151,7 +151,7 @@ def test_strided_arrays_are_written_too():
     assert sequence.logprobs == [0.0, -1.0, -2.0]
 
 
-def test_sequence_ids_travel():
+def test_sequence_ids_are_transmitted():
     sequence = SampledSequence("stop", np.int32([1]), sequence_id="q-7")
     received = JSON.decode_samples(JSON.encode_samples(SampleResponse([sequence])))
     assert received.sequences[0].sequence_id == "q-7"
@@ -173,7 +173,7 @@ def test_ragged_topk_rows_are_filled_up_with_the_sentinel():
 @pytest.mark.parametrize(
     "row", [[[1]], [[1, 2, 3]], [[-1, -0.5]], [[1.5, -0.5]], [[2**31, -0.5]], [[None, -0.5]], [5]]
 )
-def test_a_topk_cell_that_is_no_token_and_logprob_is_refused(row):
+def test_a_topk_cell_that_is_not_a_token_and_logprob_is_refused(row):
     with pytest.raises(ResponseDecodeError):
         samples(topk_prompt_logprobs=[row])
 
@@ -188,7 +188,7 @@ def test_numbers_beyond_float32_are_infinite():
 
 
 @pytest.mark.parametrize("rows", [None, [], [None, None], [[], []]])
-def test_topk_rows_without_a_cell_are_none(rows):
+def test_topk_rows_without_cells_are_none(rows):
     assert samples(topk_prompt_logprobs=rows).topk_prompt_logprobs_np is None
 
 
@@ -215,7 +215,7 @@ def test_prompt_logprobs_that_cannot_be_aligned_are_refused(length):
         align_prompt_logprobs(samples(prompt_logprobs=[-1.0, -2.0]), prompt_length=length)
 
 
-def test_aligning_leaves_the_original_and_the_absent_alone():
+def test_aligning_changes_neither_the_original_nor_absent_values():
     response = samples(prompt_logprobs=[0.0, -1.0])
     align_prompt_logprobs(response, prompt_length=2)
     assert response.prompt_logprobs == [0.0, -1.0]

@@ -1,4 +1,4 @@
-"""Parts: a body that is joined as it is sent."""
+"""Parts: a body that is joined while it is sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_single_block_is_not_copied() -> None:
     assert bytes(Parts([[body]], len(body))) is body
 
 
-def test_arrays_may_be_written_to_once_they_are_kept() -> None:
+def test_arrays_may_be_overwritten_once_the_parts_are_kept() -> None:
     array = np.int32([1, 2, 3])
     kept, other = Parts([[array, b"x"]], 13), Parts([[array], [b"x"]], 13)
     before = bytes(kept)
@@ -30,4 +30,4 @@ def test_arrays_may_be_written_to_once_they_are_kept() -> None:
     assert bytes(kept) == b"".join(kept) == before
     assert len(kept) == len(before)
     assert kept != other
-    assert kept != before  # another kind of thing, which nothing should depend on
+    assert kept != before  # of another type, on which nothing should depend

@@ -32,7 +32,7 @@ def encoded(outputs) -> pb.ForwardBackwardOutput:
     return pb.ForwardBackwardOutput.FromString(body)
 
 
-def test_datums_that_look_alike_share_one_record():
+def test_datums_of_the_same_form_share_one_record():
     message = encoded([{"a": tensor((n, 2)), "b": tensor((n,), "int64")} for n in (3, 0, 1)])
     (record,) = message.loss_fn_outputs
     assert record.num_datums == 3
@@ -42,7 +42,7 @@ def test_datums_that_look_alike_share_one_record():
     assert np.frombuffer(record.fields["b"].offsets, "<i8").tolist() == [0, 24, 24, 32]
 
 
-def test_datums_that_differ_go_in_records_of_their_own_in_order():
+def test_datums_of_different_forms_have_separate_records_in_order():
     outputs = [
         {"a": tensor((2,))},
         {"a": tensor((2, 2))},
@@ -56,7 +56,7 @@ def test_datums_that_differ_go_in_records_of_their_own_in_order():
     assert PROTOBUF.decode_output(message.SerializeToString()).loss_fn_outputs == outputs
 
 
-def test_empty_datums_keep_their_number():
+def test_empty_datums_are_counted():
     message = encoded([{}, {}, {}])
     assert PROTOBUF.decode_output(message.SerializeToString()).loss_fn_outputs == [{}, {}, {}]
 
@@ -73,7 +73,7 @@ def test_an_output_without_records_keeps_its_type_or_is_an_array_record():
         assert PROTOBUF.decode_output(body) == ForwardBackwardOutput([], {}, received)
 
 
-def test_nothing_at_all_is_an_empty_message():
+def test_an_empty_output_is_an_empty_message():
     assert PROTOBUF.decode_output(b"") == ForwardBackwardOutput([], {}, "ArrayRecord")
     assert PROTOBUF.decode_samples(b"").sequences == []
 
@@ -138,7 +138,7 @@ def test_an_asset_pointer_cannot_be_written_and_the_error_says_what_to_do():
     assert "ImageChunk" in caught.value.hint
 
 
-def test_config_of_older_clients_and_newer_ones_is_merged():
+def test_the_config_fields_of_older_and_newer_clients_are_merged():
     message = pb.ForwardBackwardRequest(seq_id=1)
     message.loss_fn_config["old"] = 1.0
     message.loss_fn_config["both"] = 1.0

@@ -1,4 +1,4 @@
-"""The hand-written encoder writes what the protobuf library writes; see also test_golden.py."""
+"""The hand-written encoder writes the bytes of the protobuf library; see also test_golden.py."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def put_tensor(message: Any, tensor: TensorData) -> None:
 
 
 @given(requests)
-def test_it_writes_what_the_library_writes(request: ForwardBackwardRequest) -> None:
+def test_the_encoder_writes_the_same_bytes_as_the_library(request: ForwardBackwardRequest) -> None:
     parts, expected = forward_backward_request(request), by_the_library(request)
     written = bytes(parts)
     assert len(parts) == len(written)
-    # Equal but for the order of map entries, which the library does not promise.
+    # Equal except for the order of map entries, which the library does not guarantee.
     assert len(written) == expected.ByteSize()
     assert pb.ForwardBackwardRequest.FromString(written) == expected
 
@@ -105,12 +105,12 @@ def test_varint(number: int) -> None:
     assert packed == b"\x22" + bytes([len(_varint(number))]) + _varint(number)
 
 
-def test_a_number_beyond_64_bits() -> None:
+def test_a_number_beyond_64_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="64 bits"):
         _varint(2**63)
 
 
-def test_what_has_no_form() -> None:
+def test_values_without_a_protobuf_form_are_refused() -> None:
     pointer = ImageAssetPointerChunk("png", "somewhere", 3)
     with pytest.raises(InvalidInputError, match="sampling only"):
         forward_backward_request(
@@ -129,7 +129,7 @@ def test_the_arrays_are_not_changed_and_may_be_read_only() -> None:
     assert bytes(first) == bytes(forward_backward_request(request)) == bytes(first)
 
 
-def test_examples_share_blocks_of_a_size_that_is_worth_a_system_call() -> None:
+def test_examples_share_blocks_large_enough_for_a_system_call() -> None:
     def blocks(count: int, length: int) -> List[int]:
         one = Datum(ModelInput.from_ints(np.zeros(length, np.int32)), {})
         parts = forward_backward_request(ForwardBackwardRequest("m", 1, [one] * count, "x"))
@@ -141,7 +141,7 @@ def test_examples_share_blocks_of_a_size_that_is_worth_a_system_call() -> None:
     assert [size >> 10 for size in blocks(3, 300_000)] == [1171] * 3
 
 
-def test_arrays_of_the_other_byte_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_in_the_other_byte_order_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = TensorData([5.0], "float32", (2, 2), [0, 0, 1], [1])
     datum = Datum(ModelInput.from_ints([1, 2]), {"a": np.float32([1, 2]), "b": sparse})
     request = ForwardBackwardRequest("m", 1, [datum], "x", {})

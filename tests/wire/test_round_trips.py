@@ -1,4 +1,4 @@
-"""Whatever a codec writes it reads back, in both dialects."""
+"""Every codec reads back what it writes, in both dialects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_requests(codec: Codec, request: ForwardBackwardRequest):
 def test_sparse_loss_inputs_keep_their_values(codec: Codec, datum: Datum):
     request = ForwardBackwardRequest("m", 1, [datum], "custom")
     received = codec.decode_forward_backward(codec.encode_forward_backward(request)).data[0]
-    # `plain` compares them dense, which is how JSON sends them.
+    # `plain` compares them in dense form, as JSON sends them.
     assert strategies.plain(received) == strategies.plain(datum)
     sparse = {name for name, tensor in received.loss_fn_inputs.items() if tensor.is_sparse}
     assert sparse == (set(datum.loss_fn_inputs) if codec is PROTOBUF else set())
@@ -67,7 +67,7 @@ def test_samples(codec: Codec, response):
 
 @several(60)
 @given(request=strategies.requests, shuffled=st.randoms(use_true_random=False))
-def test_equal_requests_are_equal_protobuf_bytes(request: ForwardBackwardRequest, shuffled):
+def test_equal_requests_have_equal_protobuf_bytes(request: ForwardBackwardRequest, shuffled):
     def reordered(mapping):
         items = list(mapping.items())
         shuffled.shuffle(items)

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of the page; without one they are left out, and say why."""
+"""A headless Chromium for the tests of the page; without one they are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tinkex.local import LocalServer
 
-#: No GPU, no sandbox (CI runs as root), and no requests of the browser's own.
+#: No GPU, no sandbox (CI runs as root), and no requests by the browser itself.
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -22,13 +22,13 @@ FLAGS = (
     "--disable-sync",
 )
 
-#: Milliseconds within which something is shown, on a busy machine.
+#: Milliseconds until the page must show something, even on a busy machine.
 PATIENCE_MS = 60_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The system's Chromium, driven by Playwright, which is to download none of its own."""
+    """The system's Chromium, driven by Playwright, which must not download its own."""
     reason = "the page was not tested in a browser: "
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason=f"{reason}playwright is not installed"
@@ -44,16 +44,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., LocalServer]]:
-    """Starts a server on an engine; it lives until the test is over."""
+    """A function that starts a server on an engine; the server runs until the end of the test."""
     with contextlib.ExitStack() as servers:
         yield lambda engine, **options: servers.enter_context(LocalServer(engine, **options))
 
 
 @pytest.fixture
 def opened(browser: Any, started: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page at a URL; errors that it reports fail the test, but for those with *allowed*.
+    """A function that opens a URL; errors of the page fail the test, except those with *allowed*.
 
-    It comes after *started*, so that pages are closed first: one whose server is gone reports that.
+    It depends on *started*, so that pages close before servers: a page without its server reports
+        an error.
     """
     contexts: List[Any] = []
     errors: List[str] = []

@@ -54,7 +54,7 @@ def add_curve(server: LocalServer, run_id: str, steps: int, start: float = 4.0) 
         activity.note_step(run_id)
 
 
-def test_an_empty_server_says_so(server: LocalServer, opened: Opened) -> None:
+def test_the_page_of_an_empty_server_says_so(server: LocalServer, opened: Opened) -> None:
     page = opened(server.url)
     wait_for_text(page, "#link-text", "Live")
     wait_for_text(page, "#model", "deterministic")
@@ -64,7 +64,7 @@ def test_an_empty_server_says_so(server: LocalServer, opened: Opened) -> None:
         assert page.locator(f"#no-{name}").is_visible()
 
 
-def test_it_follows_a_run_by_itself(server: LocalServer, opened: Opened) -> None:
+def test_the_page_follows_a_run_by_itself(server: LocalServer, opened: Opened) -> None:
     page = opened(server.url)
     wait_for_text(page, "#link-text", "Live")
     with ServiceClient(base_url=server.url) as service:
@@ -126,11 +126,11 @@ def test_a_curve_of_ten_thousand_steps_is_smooth(server: LocalServer, opened: Op
             return times.sort((a, b) => a - b)[20];
         }"""
     )
-    # A frame at 60 Hz is 16.7 ms; a busy machine may take a few of them.
+    # A frame at 60 Hz takes 16.7 ms; a busy machine may take a few frames.
     assert took < 50, f"{took} ms"
 
 
-def test_a_raw_spike_leaves_the_chart_and_the_average_does_not(
+def test_a_raw_spike_may_leave_the_chart_but_the_average_may_not(
     server: LocalServer, opened: Opened
 ) -> None:
     add_curve(server, "a:train:0", 500)
@@ -152,7 +152,7 @@ def test_a_raw_spike_leaves_the_chart_and_the_average_does_not(
     assert 11.8 < high < 13  # the average rises by a tenth of the spike
 
 
-def test_the_chart_is_read_with_the_keyboard(server: LocalServer, opened: Opened) -> None:
+def test_the_chart_can_be_read_with_the_keyboard(server: LocalServer, opened: Opened) -> None:
     add_curve(server, "a:train:0", 200)
     page = opened(server.url)
     wait_for_text(page, "#runs td:nth-child(3)", "200")
@@ -184,7 +184,7 @@ def test_the_chart_has_a_table_and_a_logarithmic_scale(server: LocalServer, open
 def test_a_server_with_a_key_asks_for_it_first(started: Started, opened: Opened) -> None:
     engine = DeterministicEngine(vocab_size=1000)
     server = started(engine, api_key="tml-secret")
-    # A browser reports a response of 401 itself, as an error in its console.
+    # The browser itself reports a 401 as an error in its console.
     page = opened(server.url, allowed="401")
     page.wait_for_selector("#gate", state="visible")
     assert page.locator("#main").is_hidden()
@@ -205,7 +205,7 @@ def test_a_server_with_a_key_asks_for_it_first(started: Started, opened: Opened)
     assert page.evaluate("JSON.stringify({...sessionStorage, ...localStorage})") == "{}"
 
 
-def test_a_page_whose_server_has_a_key_sends_nothing_before_it_is_given(
+def test_a_page_whose_server_has_a_key_sends_nothing_before_the_key_is_entered(
     started: Started, opened: Opened
 ) -> None:
     engine = DeterministicEngine(vocab_size=1000)
@@ -215,7 +215,7 @@ def test_a_page_whose_server_has_a_key_sends_nothing_before_it_is_given(
     assert page.evaluate("document.activeElement.id") == "key"
 
 
-def test_what_a_model_or_a_client_says_is_shown_as_text(
+def test_text_from_models_and_clients_is_shown_as_plain_text(
     server: LocalServer, opened: Opened
 ) -> None:
     with ServiceClient(base_url=server.url, user_metadata={"name": SAID}) as service:
@@ -265,8 +265,8 @@ def test_a_prompt_is_continued_token_by_token(server: LocalServer, opened: Opene
     assert page.locator("#try-output .prompt").count() == 0
 
 
-def test_a_prompt_that_is_refused_shows_why(server: LocalServer, opened: Opened) -> None:
-    page = opened(server.url, allowed="400")  # a browser reports the response itself
+def test_a_refused_prompt_shows_the_reason(server: LocalServer, opened: Opened) -> None:
+    page = opened(server.url, allowed="400")  # the browser itself reports the response
     wait_for_text(page, "#model", "deterministic")
     page.click("#try-run")
     wait_for_text(page, "#try-error", "the prompt is empty")
@@ -313,7 +313,7 @@ def test_a_stream_can_be_stopped(started: Started, opened: Opened) -> None:
     go_on.set()
 
 
-def test_a_fault_of_the_page_shows_and_does_not_pass_for_a_server_that_is_gone(
+def test_a_fault_of_the_page_is_shown_and_not_taken_for_an_unreachable_server(
     server: LocalServer, opened: Opened
 ) -> None:
     page = opened(server.url, allowed="null to object")
@@ -332,12 +332,12 @@ def add_sample(server: LocalServer, text: str) -> None:
     activity_of(server).note_sample("deterministic", asked, response, 0.0)
 
 
-def test_a_server_that_is_gone_is_reported_and_found_again(opened: Opened) -> None:
+def test_an_unreachable_server_is_reported_and_found_again(opened: Opened) -> None:
     first = LocalServer(DeterministicEngine(vocab_size=1000))
     with first:
         add_sample(first, "of the first server")
         add_curve(first, "a:train:0", 20)
-        # A browser reports a refused connection itself.
+        # The browser itself reports a refused connection.
         page = opened(first.url, allowed="ERR_")
         wait_for_text(page, "#runs td:nth-child(3)", "20")
         wait_for_text(page, "#samples .text", "of the first server")
@@ -351,12 +351,12 @@ def test_a_server_that_is_gone_is_reported_and_found_again(opened: Opened) -> No
         assert page.locator("#samples li").count() == page.locator("#runs tr").count() == 1
 
 
-def test_a_paused_page_does_not_ask(server: LocalServer, opened: Opened) -> None:
+def test_a_paused_page_sends_no_requests(server: LocalServer, opened: Opened) -> None:
     page = opened(server.url)
     wait_for_text(page, "#link-text", "Live")
     page.click("#pause")
     wait_for_text(page, "#link-text", "Paused")
-    page.wait_for_timeout(500)  # a request may have been under way
+    page.wait_for_timeout(500)  # a request may have been in flight
     asked = page.evaluate("performance.getEntriesByType('resource').length")
     add_curve(server, "a:train:0", 5)
     page.wait_for_timeout(1500)
@@ -366,7 +366,7 @@ def test_a_paused_page_does_not_ask(server: LocalServer, opened: Opened) -> None
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(server: LocalServer, opened: Opened, scheme: str) -> None:
+def test_the_page_fits_a_phone(server: LocalServer, opened: Opened, scheme: str) -> None:
     with ServiceClient(base_url=server.url) as service:
         trainer = service.create_lora_training_client(
             "deterministic", rank=4, user_metadata={"name": "a-rather-long-name-of-a-run"}
@@ -387,7 +387,7 @@ def test_it_fits_a_phone(server: LocalServer, opened: Opened, scheme: str) -> No
         assert (sum(int(part) for part in ground[4:-1].split(",")) < 200) is (scheme == "dark")
 
 
-def test_it_can_be_read_by_a_screen_reader(server: LocalServer, opened: Opened) -> None:
+def test_the_page_can_be_read_by_a_screen_reader(server: LocalServer, opened: Opened) -> None:
     add_curve(server, "a:train:0", 10)
     page = opened(server.url)
     wait_for_text(page, "#runs td:nth-child(3)", "10")
@@ -417,7 +417,9 @@ def test_it_can_be_read_by_a_screen_reader(server: LocalServer, opened: Opened) 
     assert nameless == 0
 
 
-def test_it_moves_nothing_where_motion_is_not_wanted(server: LocalServer, opened: Opened) -> None:
+def test_the_page_shows_no_animation_if_the_user_wants_reduced_motion(
+    server: LocalServer, opened: Opened
+) -> None:
     page = opened(server.url, reduced_motion="reduce")
     wait_for_text(page, "#link-text", "Live")
     assert page.evaluate("document.getAnimations().length") == 0

@@ -1,4 +1,4 @@
-"""The routes of the page: what it shows, and to whom."""
+"""The routes of the page: what they return, and to whom."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_page_runs_its_own_scripts_only_and_loads_nothing_from_elsewhere(api
     for name in FILES:
         text = api.client.get(f"/page/files/{name}").text
         assert "innerHTML" not in text
-        assert set(re.findall(r"https?://[\w.]+", text)) <= {"http://www.w3.org"}  # of SVG
+        assert set(re.findall(r"https?://[\w.]+", text)) <= {"http://www.w3.org"}  # SVG's
         assert set(re.findall(r'from "\./([\w.]+)"', text)) <= set(FILES)
 
 
@@ -109,7 +109,7 @@ def test_a_run_has_its_loss_per_token_by_step(api: Api) -> None:
     assert curve["point_losses"] == [pytest.approx(total / 9, rel=1e-5)]
 
 
-def test_a_reader_gets_only_what_it_does_not_have(api: Api) -> None:
+def test_a_reader_gets_only_new_data(api: Api) -> None:
     model_id = api.model()
     trained(api, model_id, 3)
     first = state(api)
@@ -123,19 +123,19 @@ def test_a_reader_gets_only_what_it_does_not_have(api: Api) -> None:
 
 
 @pytest.mark.parametrize("cursor", ["x", "..", "00000000.7.ab", "%00", "9" * 400])
-def test_a_cursor_of_another_server_counts_as_none(api: Api, cursor: str) -> None:
+def test_a_cursor_of_another_server_is_ignored(api: Api, cursor: str) -> None:
     trained(api, api.model(), 1)
     assert state(api, cursor)["fresh"]
     assert state(api, cursor)["tables"] is not None
 
 
 @pytest.mark.parametrize("version", ["-1", "x", "9" * 400, "1e3", "\u00b2"])
-def test_a_version_that_is_none_counts_as_none(api: Api, version: str) -> None:
+def test_an_invalid_version_is_ignored(api: Api, version: str) -> None:
     epoch = state(api)["cursor"].partition(".")[0]
     assert state(api, f"{epoch}.{version}.0")["fresh"]
 
 
-def test_passes_that_train_nothing_have_no_curve(api: Api) -> None:
+def test_forward_passes_have_no_curve(api: Api) -> None:
     model_id = api.model()
     body = {"model_id": model_id, "seq_id": 1}
     targets = {"data": [2, 3], "dtype": "int64", "shape": [2]}
@@ -154,7 +154,7 @@ def test_a_step_without_a_pass_has_no_loss(api: Api) -> None:
     assert (curve["steps"], curve["loss"], curve["point_steps"]) == (1, None, [])
 
 
-def test_tables_come_again_once_they_have_changed(api: Api) -> None:
+def test_tables_are_sent_again_once_they_have_changed(api: Api) -> None:
     model_id = api.model()
     first = state(api)
     assert [run["id"] for run in first["tables"]["runs"]] == [model_id]
@@ -192,7 +192,7 @@ def test_a_session_shows_its_heartbeats_until_it_is_dead(tmp_path: Path) -> None
         assert news["tables"]["sessions"][0]["reason"] == "no heartbeat for 60 s"
 
 
-def test_sessions_that_live_are_shown_however_old_they_are(api: Api) -> None:
+def test_live_sessions_are_shown_however_old_they_are(api: Api) -> None:
     first = api.session()
     for _ in range(60):
         api.post(f"sessions/{api.session()}/finish")
@@ -201,7 +201,7 @@ def test_sessions_that_live_are_shown_however_old_they_are(api: Api) -> None:
     assert len(shown) == 51
 
 
-def test_what_waits_is_counted(api: Api, engine: HeldEngine) -> None:
+def test_waiting_requests_are_counted(api: Api, engine: HeldEngine) -> None:
     model_id = api.model()
     held = api.hold(model_id, 1)
     assert engine.holding.wait(WAIT_S)
@@ -233,7 +233,7 @@ def test_a_sample_is_shown_with_the_probability_of_each_token(api: Api) -> None:
     assert state(api)["tokens"]["total_sampled"] == len(drawn["tokens"])
 
 
-def test_tokens_count_in_the_seconds_in_which_they_were_sampled(
+def test_tokens_are_counted_in_the_seconds_in_which_they_were_sampled(
     tmp_path: Path, engine: HeldEngine
 ) -> None:
     clock = ManualClock()
@@ -242,7 +242,7 @@ def test_tokens_count_in_the_seconds_in_which_they_were_sampled(
         api.submit_pass(model_id, 1, loss_fn="cispo")
         assert engine.holding.wait(WAIT_S)
         waiting = api.submit_sample(api.sampler(model_id.partition(":")[0]), 0)
-        clock.now += 60  # in the queue
+        clock.now += 60  # spent in the queue
         engine.let_go.set()
         count = len(api.result(waiting)["sequences"][0]["tokens"])
         clock.now += 1
@@ -251,7 +251,7 @@ def test_tokens_count_in_the_seconds_in_which_they_were_sampled(
         assert sum(sampled) == count
 
 
-def test_a_sample_names_what_it_was_drawn_from(api: Api) -> None:
+def test_a_sample_names_the_weights_it_was_drawn_from(api: Api) -> None:
     model_id = api.model()
     session_id = model_id.partition(":")[0]
     path = api.save(model_id, 1, "a", "save_weights_for_sampler")
@@ -264,7 +264,7 @@ def test_a_sample_names_what_it_was_drawn_from(api: Api) -> None:
     assert [sample["model"] for sample in state(api)["samples"]] == [path, model_id, path]
 
 
-def test_the_latest_samples_are_kept_in_part(api: Api) -> None:
+def test_long_samples_are_kept_in_part(api: Api) -> None:
     sampler = api.sampler(api.session())
     made = [
         api.submit_sample(
@@ -286,7 +286,7 @@ def test_the_latest_samples_are_kept_in_part(api: Api) -> None:
     assert [one["id"] for one in samples] == sorted(one["id"] for one in samples)
 
 
-def test_requests_for_log_probabilities_are_no_samples(api: Api) -> None:
+def test_requests_for_log_probabilities_are_not_shown_as_samples(api: Api) -> None:
     sampler = api.sampler(api.session())
     scored = api.submit_sample(
         sampler, 0, prompt_logprobs=True, sampling_params={"max_tokens": 1, "stop": []}
@@ -320,7 +320,9 @@ def test_the_curves_of_the_runs_trained_last_are_kept() -> None:
         ({"custom/x:sum": 6.0}, None),
     ],
 )
-def test_the_loss_per_token_is_by_weight_where_there_are_weights(metrics: Any, loss: Any) -> None:
+def test_the_loss_per_token_is_divided_by_the_weights_if_there_are_weights(
+    metrics: Any, loss: Any
+) -> None:
     activity = Activity()
     activity.note_pass("run", 5, metrics, activity.clock())
     activity.note_step("run")
@@ -342,7 +344,7 @@ def test_a_curve_of_twenty_thousand_steps_is_sent_in_one_response(api: Api) -> N
     assert len(state(api, before)["curves"]["run"]["point_steps"]) <= 1
 
 
-def test_a_pass_that_failed_is_not_noted(api: Api, engine: HeldEngine) -> None:
+def test_a_failed_pass_is_not_recorded(api: Api, engine: HeldEngine) -> None:
     model_id = api.model()
     engine.explode = True
     api.result(api.submit_pass(model_id, 1))
@@ -350,7 +352,7 @@ def test_a_pass_that_failed_is_not_noted(api: Api, engine: HeldEngine) -> None:
 
 
 def test_a_reader_misses_no_point_while_the_server_works(tmp_path: Path) -> None:
-    """What is copied under the lock fits together, whatever the engine thread does meanwhile."""
+    """Data copied under the lock is consistent, whatever the engine thread does meanwhile."""
     with serving(tmp_path, DeterministicEngine()) as api:
         model_id = api.model()
         cursor, steps = "", []

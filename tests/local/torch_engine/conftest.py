@@ -1,4 +1,4 @@
-"""Engines of the tiny random model.  Without torch nothing here is collected."""
+"""Engines of the tiny random model.  Without torch no test here is collected."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def untraced(untraced_processes: None) -> None:
-    """They all import torch."""
+    """Run processes without coverage, as all of them import torch."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """For models this small, torch's threads cost more than they bring."""
+    """For models this small, torch's threads cost more than they gain."""
     import torch
 
     torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model cache that only the tests share."""
+    """A model cache shared by the tests alone."""
     return tmp_path_factory.mktemp("models")
 
 

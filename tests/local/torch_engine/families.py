@@ -1,7 +1,7 @@
-"""Every causal language model family that the installed transformers has, made small.
+"""Small models of every causal language model family in the installed transformers.
 
-A configuration is the family's default with every size cut down by the name of its field, so that
-a family of tomorrow is built without a word here.
+A configuration is the family's default with every size reduced by the name of its field, so that
+future families need no entry here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LAYERS = 4
 VOCABULARY = 260
 CONTEXT = 128
 
-# Sizes by the name of the field, set wherever the default configuration has it.
+# Sizes by the name of the field, set if the default configuration has the field.
 _SIZES: List[Tuple[int, str]] = [
     (
         VOCABULARY,
@@ -86,11 +86,11 @@ SIZES = {name: size for size, names in _SIZES for name in names.split()}
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
-# Filled in where the default is None, which the model's code cannot do anything with.
+# Set if the default is None, which the model's code cannot use.
 _NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok")
 
 
-# What does not follow from the names: sizes that must agree, and switches.
+# Settings that do not follow from the names: sizes that must agree, and switches.
 _OVERRIDES: Dict[str, Dict[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 1},
     "dots1": {"n_shared_experts": 1},
@@ -105,7 +105,7 @@ _OVERRIDES: Dict[str, Dict[str, Any]] = {
 }
 
 
-#: Families that are not built here, and why.
+#: Families that are not built here, and the reasons.
 NOT_BUILT = {
     "cohere_compass_text": "its default configuration has no rotary embeddings",
     "dbrx": "its default configuration has no rope_theta",
@@ -121,7 +121,7 @@ NOT_BUILT = {
 
 
 def all_families() -> List[str]:
-    """Return the ``model_type`` of every causal language model of the installed transformers."""
+    """Return the ``model_type`` of every causal language model in the installed transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in NOT_BUILT]

@@ -1,4 +1,4 @@
-"""What the engine must compute, in plain torch and transformers, sharing none of its code.
+"""The results that the engine must compute, in plain torch and transformers, without its code.
 
 The adapter is applied by hand: (32 / r) B A is added to the weight matrices of a fresh model in
 float64, one datum at a time without padding, and autograd differentiates through that.
@@ -20,7 +20,7 @@ Tensors = Dict[str, torch.Tensor]
 
 
 def make_data(lengths: Sequence[int], seed: int = 0, **ranges: Tuple[float, float]) -> List[Datum]:
-    """Random data; each keyword is a loss input and the (low, high) of its uniform values."""
+    """Return random data; each keyword is a loss input and the (low, high) of its values."""
     rng = np.random.default_rng(seed)
     data = []
     for length in lengths:
@@ -47,7 +47,7 @@ def give_random_delta(engine: Any, model_id: str, folder: Path, seed: int = 11) 
 
 
 def gradient_of(engine: Any, model_id: str, folder: Path) -> Tensors:
-    """Return the engine's accumulated gradient: with beta1 = 0 it is what a step leaves behind."""
+    """Return the engine's accumulated gradient, which a step with beta1 = 0 leaves in its state."""
     engine.optim_step(model_id, AdamParams(learning_rate=0.0, beta1=0.0))
     engine.save(model_id, folder, with_optimizer=True)
     state = load_file(str(folder / "optimizer.safetensors"))
@@ -65,7 +65,7 @@ class Reference:
         self._weights["lm_head.weight"] = self.model.lm_head.weight.detach()
 
     def logits(self, tokens: Any, adapter: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
-        """Logits (n, v) after each of *tokens*, with *adapter* (PEFT's names) applied."""
+        """Return logits (n, v) after each of *tokens*, with *adapter* (PEFT's names) applied."""
         changed = dict(self._weights)
         for name in adapter:
             if name.endswith("lora_A.weight"):
@@ -82,7 +82,7 @@ class Reference:
     def logprobs(
         self, datum: Datum, adapter: Mapping[str, torch.Tensor], rank: int
     ) -> torch.Tensor:
-        """Log-probabilities of the datum's target tokens, in their shape."""
+        """Return the log-probabilities of the datum's target tokens, in their shape."""
         logits = self.logits(datum.model_input.to_numpy(), adapter, rank)
         targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].to_numpy())
         table = torch.log_softmax(logits, dim=-1)
@@ -115,14 +115,14 @@ class Reference:
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """Largest difference, as a share of the largest expected magnitude."""
+    """Return the largest difference, relative to the largest expected magnitude."""
     found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def logprobs_of(datum: Datum, model: Any) -> np.ndarray:
-    """Return what a model of transformers gives to the targets of *datum*."""
+    """Return the log-probabilities that a transformers model gives the targets of *datum*."""
     ids = torch.tensor(datum.model_input.to_numpy().astype(np.int64))[None]
     targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64))
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_steps_equal_those_of_torch(order: List[AdamParams]) -> None:
         assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
         assert metrics["step"] == seed + 1
         for name in mine:
-            # torch's own clipping adds 1e-6 to the norm, hence not equal to the last bit.
+            # torch's own clipping adds 1e-6 to the norm, so the results differ in the last bits.
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-7)
             assert mine[name].grad is None
 

@@ -60,7 +60,7 @@ def test_a_fresh_adapter_changes_nothing_and_its_seed_decides_it(
         ({"train_attn": False, "train_mlp": False}, {"lm_head"}),
     ],
 )
-def test_the_configuration_chooses_what_is_trained(
+def test_the_configuration_chooses_the_trained_layers(
     flags: Dict[str, bool], modules: set, engine: Any, tmp_path: Path
 ) -> None:
     lora = LoraConfig(rank=3, seed=0, **flags)
@@ -71,13 +71,13 @@ def test_the_configuration_chooses_what_is_trained(
     assert all(3 in tensor.shape for tensor in weights.values())
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     assert engine.lora_config(tmp_path) == lora
-    # As other tools write it: without the file of ours, the flags follow from the modules.
+    # As other tools write it: without our file, the flags follow from the modules.
     (tmp_path / "tinkex_lora.json").unlink()
     assert engine.lora_config(tmp_path) == LoraConfig(rank=3, **flags)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_training_leaves_the_base_as_it_was(
+def test_training_leaves_the_base_model_unchanged(
     tied: bool, cache: Path, tied_folder: Path, tmp_path: Path
 ) -> None:
     model = str(tied_folder) if tied else "tiny-random"
@@ -93,7 +93,7 @@ def test_training_leaves_the_base_as_it_was(
     assert trained.metrics["loss:sum"] != pytest.approx(before.metrics["loss:sum"], rel=1e-2)
 
 
-def test_interleaved_runs_end_where_each_would_alone(engine: Any, tmp_path: Path) -> None:
+def test_interleaved_runs_have_the_results_of_separate_ones(engine: Any, tmp_path: Path) -> None:
     configs = {
         "a": LoraConfig(rank=4, seed=1),
         "b": LoraConfig(rank=2, seed=2, train_unembed=False),
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     assert same(weights_of(run, "m", tmp_path / "after"), before)
 
 
-def test_a_checkpoint_without_optimizer_state_or_with_damage_is_refused(
+def test_a_damaged_checkpoint_or_one_without_optimizer_state_is_refused(
     run: Any, tmp_path: Path
 ) -> None:
     run.save("m", tmp_path, with_optimizer=False)
@@ -229,7 +229,7 @@ def test_unloading_frees_the_parameters(engine: Any) -> None:
         train(engine, "a", range(1))
 
 
-def test_the_global_random_state_is_left_alone(engine: Any) -> None:
+def test_the_global_random_state_is_not_changed(engine: Any) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

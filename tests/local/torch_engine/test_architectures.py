@@ -1,4 +1,4 @@
-"""Models other than Llama, tiny and random: they train, and sample as transformers does."""
+"""Models other than Llama, tiny and random: they train, and sample like transformers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ BLOOM = {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 ENDS = {"bos_token_id": 256, "eos_token_id": 256}
 WINDOW = {"head_dim": 8, "sliding_window": 8}
 
-# Chosen for what is special about each: other layer names and transposed weights; logits capped
-# after the output layer; sliding windows; fused projections; positions without a table.
+# Chosen for their peculiarities: other layer names and transposed weights; logits capped after the
+# output layer; sliding windows; fused projections; positions without a table.
 CONFIGS: Dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2, **ENDS),
     "gemma2": lambda: transformers.Gemma2Config(**COMMON, **WINDOW),
@@ -66,7 +66,7 @@ def write_model(config: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_trains_and_samples_as_transformers_does(
+def test_an_architecture_trains_and_samples_like_transformers(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = write_model(CONFIGS[name](), tmp_path)
@@ -87,7 +87,7 @@ def test_it_trains_and_samples_as_transformers_does(
             do_sample=False,
             pad_token_id=0,
         )
-        # The logprobs decide: where two tokens are nearly equal, greedy may go either way.
+        # The logprobs decide: if two tokens are nearly equal, greedy sampling may choose either.
         (sequence,) = answers[index].sequences
         tokens = torch.cat([ids, torch.tensor(sequence.tokens)[None]], dim=1)
         table = model(tokens).logits[0].log_softmax(-1).detach()
@@ -111,7 +111,7 @@ def test_it_trains_and_samples_as_transformers_does(
 
 
 def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(tmp_path: Path) -> None:
-    write_model(CONFIGS["gpt2"](), tmp_path)  # has a table of positions, which ends
+    write_model(CONFIGS["gpt2"](), tmp_path)  # has a table of positions of limited length
     engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
     engine.create_sampler("base", None)
 
@@ -130,7 +130,9 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(tmp_path: P
 @pytest.mark.skipif(
     not hasattr(DynamicCache, "has_previous_state"), reason="has a cache class of its own"
 )
-def test_a_hybrid_architecture_with_attention_layers_only_is_served(tmp_path: Path) -> None:
+def test_a_hybrid_architecture_configured_with_attention_layers_only_is_served(
+    tmp_path: Path,
+) -> None:
     config = small_config(
         "granitemoehybrid", layer_types=["attention"] * 4, position_embedding_type="rope"
     )
@@ -169,7 +171,7 @@ def test_torch_waits_passively_by_default(policy: Any) -> None:
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY",)}
     environment["PYTHONPATH"] = str(Path(builtin_models.__file__).parents[4])
-    environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library prints what it has read
+    environment["OMP_DISPLAY_ENV"] = "TRUE"  # makes the OpenMP library print its settings
     if policy:
         environment["OMP_WAIT_POLICY"] = policy
     found = subprocess.run(

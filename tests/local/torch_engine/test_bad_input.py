@@ -1,4 +1,4 @@
-"""What is wrong with a batch is said before anything is computed, and nothing changes."""
+"""Faults of a batch are reported before anything is computed, and nothing changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CASES: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("words", CASES)
-def test_a_datum_at_fault_is_named_and_the_state_stays(
+def test_a_faulty_datum_is_named_and_the_state_is_unchanged(
     words: str, run: Any, tmp_path: Path
 ) -> None:
     loss_fn, bad, *tokens = CASES[words]
@@ -131,7 +131,7 @@ def test_models_that_do_not_exist_and_parameters_out_of_range_are_refused(run: A
         run.create_sampler("s", None)
 
 
-def test_a_pass_that_breaks_down_half_way_leaves_the_gradient_as_it_was(
+def test_a_pass_that_fails_halfway_leaves_the_gradient_unchanged(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = make_data([300, 20])
@@ -157,16 +157,16 @@ def test_a_pass_that_breaks_down_half_way_leaves_the_gradient_as_it_was(
     assert all(np.array_equal(mine[name], expected[name]) for name in expected)
 
 
-def test_passes_keep_to_the_budget_and_hold_rows_of_like_length() -> None:
+def test_passes_keep_to_the_budget_and_group_rows_of_similar_length() -> None:
     lengths = [10, 500, 490, 100, 95, 900, 3000, 90, 12, 11, 9]
     passes = plan_passes(lengths, budget=1000)
     assert sorted(index for group in passes for index in group) == list(range(len(lengths)))
-    assert passes[0] == [6]  # longer than the budget, so alone
+    assert passes[0] == [6]  # longer than the budget, so it is alone
     assert passes[1] == [5]
     assert passes[2] == [1, 2]
     for group in passes[1:]:
         assert len(group) * max(lengths[index] for index in group) <= 1000
     assert plan_passes([3, 3, 3], budget=1000) == [[0, 1, 2]]
-    # A pass that is tiny so far takes shorter rows too: another one would cost more than padding.
+    # A small pass also takes shorter rows: another pass would cost more than the padding.
     assert plan_passes([40, 10, 5], budget=1000) == [[0, 1, 2]]
     assert plan_passes([600, 100], budget=2048) == [[0], [1]]

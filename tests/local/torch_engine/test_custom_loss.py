@@ -1,4 +1,4 @@
-"""Losses computed by the client: their gradient is that of cross_entropy with other weights."""
+"""Losses computed by the client: their gradient equals that of cross_entropy with other weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def service(engine: Any) -> Iterator[ServiceClient]:
 
 @pytest.fixture
 def small_parts(cache: Any) -> Iterator[ServiceClient]:
-    """A client of a server that takes three datums at a time."""
+    """A client of a server that takes three datums per request."""
     settings = ServerSettings(flags=ClientFlags(fwdbwd_max_chunk_len=3))
     engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
     with LocalServer(engine, settings=settings) as server:
@@ -76,7 +76,7 @@ def cross_entropy(data: Sequence[types.Datum], logprobs: List[torch.Tensor]) -> 
     return total, {"tokens:sum": float(sum(len(row) for row in logprobs))}
 
 
-def test_cross_entropy_written_by_hand_trains_as_the_servers_own(service: ServiceClient) -> None:
+def test_cross_entropy_as_a_custom_loss_trains_like_the_servers_own(service: ServiceClient) -> None:
     data = batch(7, 3, 12)
     ours, theirs = new_run(service), new_run(service)
     before = logprobs_of(theirs, data)
@@ -124,7 +124,7 @@ def test_a_loss_across_the_batch_has_the_gradient_of_its_derivative(
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_traced_loss_trains_as_the_servers_own(
+def test_a_traced_loss_trains_like_the_servers_own(
     service: ServiceClient, small_parts: ServiceClient
 ) -> None:
     data = batch(6, 4, 9, 2)
@@ -156,7 +156,7 @@ def test_a_datum_that_the_loss_ignores_gets_no_gradient(service: ServiceClient) 
         np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
 
 
-# Over a scripted server: what is sent, and when
+# Over a scripted server: the requests and their order
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ BAD_LOSSES: Dict[str, Tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("what", BAD_LOSSES)
-def test_a_loss_that_fails_adds_no_gradient_and_the_run_goes_on(
+def test_a_failing_loss_adds_no_gradient_and_the_run_continues(
     trainer: TrainingClient, routes: TinkerRoutes, what: str
 ) -> None:
     loss, error = BAD_LOSSES[what]
@@ -249,7 +249,7 @@ def test_metrics_may_be_none(trainer: TrainingClient) -> None:
     assert result.result(PATIENCE_S).metrics["loss:sum"] == -4.0
 
 
-def test_a_cancel_between_the_passes_keeps_the_gradient_from_being_added(
+def test_a_cancel_between_the_passes_prevents_adding_the_gradient(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     entered, cancelled = threading.Event(), threading.Event()
@@ -276,7 +276,7 @@ def test_a_server_that_sends_too_few_outputs_is_reported(
         trainer.forward_backward_custom(batch(4), cross_entropy).result(PATIENCE_S)
 
 
-def test_calls_after_a_custom_loss_keep_their_place(
+def test_calls_after_a_custom_loss_keep_their_order(
     trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
     release = threading.Event()

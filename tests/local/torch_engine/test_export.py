@@ -1,4 +1,4 @@
-"""Exports are what PEFT and transformers load, and compute what was trained."""
+"""Exports can be loaded with PEFT and transformers, and compute what was trained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def base(request: pytest.FixtureRequest, cache: Path, tied_folder: Path) -> str:
 
 @pytest.fixture
 def adapter(base: str, cache: Path, tmp_path: Path) -> Path:
-    """A trained adapter, as a download has it; expected.npy holds the log-probabilities."""
+    """A trained adapter in the form of a download; expected.npy holds its log-probabilities."""
     engine = TorchEngine.from_pretrained(base, device="cpu", cache_dir=cache)
     engine.create("m", LoraConfig(rank=4, seed=1))
     folder = tmp_path / "adapter"
@@ -61,7 +61,7 @@ def expected(adapter: Path) -> np.ndarray:
     return found
 
 
-def test_a_download_names_what_transformers_loads_as_its_base_model(
+def test_a_download_names_a_base_model_that_transformers_can_load(
     adapter: Path, base: str, cache: Path
 ) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -72,7 +72,7 @@ def test_a_download_names_what_transformers_loads_as_its_base_model(
 
 
 @pytest.mark.parametrize("made_by", ["adapter", "exported"])
-def test_an_exported_adapter_loads_as_it_is(adapter: Path, made_by: str, tmp_path: Path) -> None:
+def test_an_exported_adapter_loads_unchanged(adapter: Path, made_by: str, tmp_path: Path) -> None:
     dest = export_model(tmp_path / made_by, tmp_path / "new" / "out")
     assert dest == tmp_path / "new" / "out"
     assert [path.name for path in dest.parent.iterdir()] == ["out"]
@@ -89,7 +89,7 @@ def test_an_exported_adapter_loads_as_it_is(adapter: Path, made_by: str, tmp_pat
 def test_a_merged_model_loads_without_peft_and_computes_the_same(
     adapter: Path, made_by: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()  # an empty folder is not in the way
+    (tmp_path / "out").mkdir()  # an empty folder is no obstacle
     dest = export_model(tmp_path / made_by, tmp_path / "out", merge=True)
     assert not (dest / "adapter_config.json").exists()
     model = AutoModelForCausalLM.from_pretrained(str(dest))
@@ -106,7 +106,7 @@ def test_an_adapter_with_an_alias_as_base_model_gets_the_folder(
     engine.save("m", tmp_path / "adapter", with_optimizer=False)
     config = tmp_path / "adapter" / "adapter_config.json"
     facts = json.loads(config.read_text())
-    # Earlier versions wrote the alias; another machine keeps its models elsewhere.
+    # Earlier versions wrote the alias, and another machine keeps its models elsewhere.
     for name in ["tiny-random", "/home/someone/.cache/tinkex/models/tiny-random-2"]:
         config.write_text(json.dumps({**facts, "base_model_name_or_path": name}))
         dest = export_model(tmp_path / "adapter", tmp_path / name.rpartition("/")[2])
@@ -122,7 +122,7 @@ def small(cache: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_a_destination_that_is_taken_is_left_alone(small: Path, tmp_path: Path) -> None:
+def test_an_existing_destination_is_not_touched(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for dest in [tmp_path / "mine", tmp_path / "mine" / "thesis.txt"]:
@@ -131,7 +131,7 @@ def test_a_destination_that_is_taken_is_left_alone(small: Path, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_what_is_no_source_is_refused_with_what_is_one(small: Path, tmp_path: Path) -> None:
+def test_an_invalid_source_is_refused_with_the_valid_kinds(small: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"neither a run \(journal.jsonl\) nor an adapter"):
         export_model(tmp_path, tmp_path / "out")
     with pytest.raises(InvalidInputError, match=r"is neither a tinker:// path nor a folder"):
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 @pytest.fixture(scope="module")
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run folder with an embedded server of its own, as `tinkex train` leaves it."""
+    """A run folder with its own embedded server, as `tinkex train` leaves it."""
     folder = tmp_path_factory.mktemp("run") / "first"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKEX_CACHE", str(cache))
@@ -209,7 +209,7 @@ def test_a_run_without_a_checkpoint_is_an_error(trained: Path, tmp_path: Path) -
         export_model(folder, tmp_path / "out")
 
 
-def test_a_checkpoint_that_is_gone_is_an_error(trained: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     shutil.rmtree(folder / "server" / "checkpoints", ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Every causal language model family is computed as transformers does it, or refused at load.
+"""Every causal language model family is computed like in transformers, or refused at load.
 
-The families named here run always; with TINKEX_ALL_FAMILIES=1 all that transformers has.
+The families named here always run; with TINKEX_ALL_FAMILIES=1 all families in transformers do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 
-# Chosen for what is special about each; a missing family is one this transformers does not have.
+# Chosen for their peculiarities; families that the installed transformers lacks are left out.
 SERVED = {
     "bloom": "positions without a table",
     "cohere2": "logits scaled after the output layer, sliding windows",
@@ -62,7 +62,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("family", families())
-def test_a_family_is_computed_as_transformers_does_or_refused(family: str, tokenizer: Any) -> None:
+def test_a_family_is_computed_like_in_transformers_or_refused(family: str, tokenizer: Any) -> None:
     with quiet():
         model = small_model(small_config(family))
         network, refusal = checked(model)
@@ -97,7 +97,7 @@ def test_a_family_is_computed_as_transformers_does_or_refused(family: str, token
 
 
 def checked(model: Any) -> Tuple[Optional[Network], str]:
-    """The network of *model*, or why it is refused."""
+    """Return the network of *model*, or the reason why it is refused."""
     try:
         return checked_network(model, "x"), ""
     except LocalServerError as error:
@@ -105,7 +105,7 @@ def checked(model: Any) -> Tuple[Optional[Network], str]:
 
 
 def sampled(network: Network, tokenizer: Any, prompts: List[Any]) -> Dict[int, SampleResponse]:
-    """Sixteen greedy tokens after each prompt, computed as one batch."""
+    """Return sixteen greedy tokens after each prompt, computed as one batch."""
     info = EngineInfo("x", "X", CONTEXT, network.vocab_size, "x")
     engine = TorchEngine(network, tokenizer, info)
     engine.create_sampler("base", None)
@@ -118,7 +118,7 @@ def sampled(network: Network, tokenizer: Any, prompts: List[Any]) -> Dict[int, S
 
 
 def logprob_table(model: Any, tokens: Any) -> Any:
-    """The model's own log-probabilities (n, vocabulary) after each of *tokens*, without a cache."""
+    """Return the model's own log-probabilities (n, vocabulary) after each token, uncached."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(tokens)[None], use_cache=False).logits
     return logits[0].float().log_softmax(-1).numpy()

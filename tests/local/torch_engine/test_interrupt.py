@@ -1,4 +1,4 @@
-"""A closing server interrupts the engine: nothing computes on while the process ends."""
+"""A closing server interrupts the engine: nothing is computed while the process ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_pass_is_interrupted_between_layers(run: Any) -> None:
     assert reached == []
 
 
-def test_a_pass_is_interrupted_on_the_way_back(run: Any) -> None:
+def test_a_pass_is_interrupted_during_the_backward_pass(run: Any) -> None:
     reached = []
     first, second = layers(run)
 
@@ -103,8 +103,8 @@ raise KeyboardInterrupt if sys.argv[1] == "interrupt" else SystemExit(3)
 
 
 @pytest.mark.parametrize(("how", "code"), [("interrupt", -signal.SIGINT), ("exit", 3)])
-def test_a_process_ends_in_good_order_while_the_engine_computes(how: str, code: int) -> None:
-    # Python ends daemon threads by unwinding them, which C++ answers with abort().
+def test_a_process_ends_cleanly_while_the_engine_computes(how: str, code: int) -> None:
+    # Python ends daemon threads by unwinding them, to which C++ reacts with abort().
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=120
     )

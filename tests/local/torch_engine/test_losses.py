@@ -25,13 +25,13 @@ from tinkex.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 RANK = 4
 BOUND = 1e-4
 
-# More tokens than a chunk of logits holds, lengths that fall into several passes, one token.
+# More tokens than a chunk of logits, lengths that need several passes, and a single token.
 LENGTHS = [300, 290, 45, 60, 7, 1]
 
 Inputs = Dict[str, torch.Tensor]
 
 
-# The losses written out token by token, as the papers have them.
+# The losses token by token, as in the papers.
 def cross_entropy(lp: torch.Tensor, x: Inputs) -> torch.Tensor:
     return sum((-a * w for a, w in zip(lp.flatten(), x["weights"].flatten())), torch.tensor(0.0))
 
@@ -80,7 +80,7 @@ LOSSES = {f.__name__: f for f in (cross_entropy, importance_sampling, ppo, cispo
 
 
 def data_for(loss_fn: str, reference: Reference, adapter: Dict[str, torch.Tensor]) -> Any:
-    """Data whose sampler logprobs lie around the model's own, so that ratios straddle the clips."""
+    """Return data with sampler logprobs near the model's own, so that ratios straddle the clips."""
     if loss_fn == "cross_entropy":
         return make_data(LENGTHS, weights=(0.0, 2.0))
     data = []
@@ -89,7 +89,7 @@ def data_for(loss_fn: str, reference: Reference, adapter: Dict[str, torch.Tensor
         own = reference.logprobs(datum, adapter, RANK).detach().numpy()
         inputs: Dict[str, Any] = dict(datum.loss_fn_inputs)
         inputs["logprobs"] = (own + rng.normal(0, 0.4, own.shape)).astype(np.float32)
-        if loss_fn == "gspo":  # the first tokens count for no ratio, if there are others
+        if loss_fn == "gspo":  # the first tokens do not count in the ratio, if there are others
             mask = np.ones(own.shape, np.float32)
             mask[: len(own) // 3] = 0.0
             inputs["sequence_ratio_mask"] = mask
@@ -144,7 +144,7 @@ def test_ratios_of_the_clipped_losses_really_straddle_the_clips(run: Any, tmp_pa
 def test_with_one_advantage_gspo_is_the_sequence_objective_of_the_paper(
     run: Any, tmp_path: Path
 ) -> None:
-    """Its gradient, times the number of tokens: nothing is averaged here."""
+    """The gradient is that of the paper times the number of tokens, as nothing is averaged here."""
     adapter = give_random_delta(run, "m", tmp_path / "delta")
     reference = Reference(str(run.info.tokenizer_id))
     data = []
@@ -169,9 +169,9 @@ def test_with_one_advantage_gspo_is_the_sequence_objective_of_the_paper(
     assert max(relative_error(found[name], gradient[name]) for name in gradient) < BOUND
 
 
-# Not dro, where a token of advantage 0 has a loss.
+# All but dro, for which a token of advantage 0 has a loss.
 @pytest.mark.parametrize("loss_fn", sorted(LOSSES.keys() - {"dro"}))
-def test_targets_of_the_last_tokens_are_worth_as_much_as_zeros_before_them(
+def test_targets_for_only_the_last_tokens_equal_zeros_for_the_others(
     loss_fn: str, run: Any, tmp_path: Path
 ) -> None:
     adapter = give_random_delta(run, "m", tmp_path / "delta")
@@ -265,7 +265,7 @@ def test_several_targets_per_position_dense_and_sparse(run: Any, tmp_path: Path)
         assert relative_error(found["logprobs"].to_numpy(), expected) < BOUND
     found_gradient = gradient_of(run, "m", tmp_path / "gradient")
     assert max(relative_error(found_gradient[n], gradient[n]) for n in gradient) < BOUND
-    # What a sparse tensor does not list has weight 0, so the loss is the same.
+    # Cells that a sparse tensor does not list have weight 0, so the loss is the same.
     again = run.forward_backward("m", sparse, "cross_entropy", {})
     assert again.metrics["loss:sum"] == pytest.approx(loss, rel=BOUND)
     assert again.loss_fn_outputs[0]["logprobs"].shape == (20, 3)
@@ -295,7 +295,7 @@ def test_a_forward_pass_gives_the_same_numbers_and_no_gradient(run: Any, tmp_pat
         assert relative_error(one["logprobs"].to_numpy(), other["logprobs"].to_numpy()) < 1e-6
 
 
-def test_tokens_of_weight_zero_have_logprobs_but_no_part_in_the_loss(
+def test_tokens_of_weight_zero_have_logprobs_but_do_not_affect_the_loss(
     run: Any, tmp_path: Path
 ) -> None:
     adapter = give_random_delta(run, "m", tmp_path / "delta")
@@ -314,7 +314,7 @@ def test_tokens_of_weight_zero_have_logprobs_but_no_part_in_the_loss(
 
 @pytest.mark.parametrize("placeholder", [-100.0, -99999.0, -3e38])
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo"])
-def test_tokens_of_advantage_zero_take_no_part_whatever_their_old_logprob(
+def test_tokens_of_advantage_zero_have_no_effect_whatever_their_old_logprob(
     loss_fn: str, placeholder: float, run: Any, tmp_path: Path
 ) -> None:
     adapter = give_random_delta(run, "m", tmp_path / "delta")
@@ -363,14 +363,14 @@ def test_an_infinite_loss_is_an_error_that_leaves_the_gradient_alone(
     assert run.optim_step("m", AdamParams())["grad_norm"] == 0.0
 
 
-def test_a_token_that_is_ruled_out_may_have_weight_zero() -> None:
+def test_an_impossible_token_may_have_weight_zero() -> None:
     logprobs = torch.tensor([[-math.inf], [-2.0]])
     weights = torch.tensor([[0.0], [0.5]])
     losses = token_losses("cross_entropy", logprobs, {"weights": weights}, {})
     assert losses.tolist() == [[0.0], [1.0]]
 
 
-def test_weights_left_out_are_one_everywhere(run: Any) -> None:
+def test_missing_weights_count_as_one(run: Any) -> None:
     (datum,) = make_data([12])
     ones = Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": np.ones(12, np.float32)})
     without = run.forward_backward("m", [datum], "cross_entropy", {}).metrics
@@ -378,7 +378,7 @@ def test_weights_left_out_are_one_everywhere(run: Any) -> None:
     assert without["tokens:sum"] == without["weights:sum"] == 12
 
 
-def test_outputs_come_back_in_input_order(run: Any) -> None:
+def test_outputs_are_in_input_order(run: Any) -> None:
     data = make_data([5, 200, 17, 90, 3])
     together = run.forward_backward("m", data, "cross_entropy", {}, forward_only=True)
     for datum, found in zip(data, together.loss_fn_outputs):

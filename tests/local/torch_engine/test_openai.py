@@ -41,7 +41,7 @@ def token(number: int, reason: Any = None) -> SampledToken:
     return SampledToken(0, number, -1.0, [], reason)
 
 
-def test_text_comes_in_complete_characters(tokenizer: Tokenizer) -> None:
+def test_text_is_streamed_in_complete_characters(tokenizer: Tokenizer) -> None:
     random.seed(5)
     text = text_of(tokenizer)
     for _ in range(50):
@@ -54,7 +54,7 @@ def test_text_comes_in_complete_characters(tokenizer: Tokenizer) -> None:
         assert decoder.flush() == ""
 
 
-def test_no_part_of_a_stop_string_is_given(tokenizer: Tokenizer) -> None:
+def test_no_part_of_a_stop_string_is_returned(tokenizer: Tokenizer) -> None:
     random.seed(6)
     text = text_of(tokenizer)
     for _ in range(50):
@@ -71,7 +71,7 @@ def test_no_part_of_a_stop_string_is_given(tokenizer: Tokenizer) -> None:
         assert choice.finished
 
 
-def test_an_incomplete_character_at_the_end_is_shown_as_decoders_show_it() -> None:
+def test_an_incomplete_character_at_the_end_is_shown_as_by_decoders() -> None:
     tokenizer = TOKENIZERS["byte-level"]()
     tokenizer.add_special_tokens([END])
     tokens = tokenizer.encode("b€").ids
@@ -88,22 +88,22 @@ def test_special_tokens_are_not_shown_but_listed(tokenizer: Tokenizer) -> None:
     choice = Choice(text, prompt)
     deltas = [choice.take(token(n)) for n in (*tokens, end, *tokens)]
     deltas.append(choice.take(token(end, "stop")))
-    assert "".join(delta.text for delta in deltas) in ("cdcd", "cd cd")  # sentencepiece has a blank
+    assert "".join(delta.text for delta in deltas) in ("cdcd", "cd cd")  # it may add a blank
     listed = [entry.token for delta in deltas for entry in delta.entries]
     assert listed == [*tokens, end, *tokens]
     assert deltas[-1].finish_reason == "stop"
 
 
-def test_names_of_tokens_make_up_the_text(tokenizer: Tokenizer) -> None:
+def test_the_names_of_tokens_join_to_the_text(tokenizer: Tokenizer) -> None:
     text = text_of(tokenizer)
     tokens = text.encode("b c€😀 ab")
     raw = b"".join(text.bytes_of(number) for number in tokens)
     assert raw.decode().strip() == "b c€😀 ab"
     names = [token_name(text.bytes_of(number)) for number in tokens]
-    assert len(set(names)) >= len(set(tokens)) - 1  # a blank may come in two ways
+    assert len(set(names)) >= len(set(tokens)) - 1  # a blank may be encoded in two ways
 
 
-def test_places_of_prompt_tokens_are_those_of_their_text(tokenizer: Tokenizer) -> None:
+def test_offsets_of_prompt_tokens_are_those_of_their_text(tokenizer: Tokenizer) -> None:
     text = text_of(tokenizer)
     tokens = text.encode("b c. ab")
     delta = read_prompt(text, tokens, [None] + [-1.0] * (len(tokens) - 1), [None] * len(tokens))
@@ -139,10 +139,10 @@ def chunks(answer: Any) -> List[Any]:
     return [json.loads(event[len("data: ") :]) for event in events[:-1]]
 
 
-def test_a_stream_is_what_the_tokenizer_makes_of_all_tokens(
+def test_a_stream_joins_to_the_text_that_the_tokenizer_decodes(
     client: FlaskClient, engine: TorchEngine
 ) -> None:
-    """The model's text is random bytes: most make no character."""
+    """The model's text is random bytes, most of which form no character."""
     for seed in range(5):
         asked = {"prompt": "hello", "max_tokens": 100, "seed": seed, "logprobs": 2}
         full = post(client, "completions", **asked).get_json()["choices"][0]
@@ -164,7 +164,7 @@ def test_a_stream_is_what_the_tokenizer_makes_of_all_tokens(
         ] == names
 
 
-def test_the_scores_of_a_prompt_are_those_of_a_forward_pass(
+def test_logprobs_of_a_prompt_are_those_of_a_forward_pass(
     client: FlaskClient, engine: TorchEngine
 ) -> None:
     asked = {"prompt": "hello", "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
@@ -178,11 +178,11 @@ def test_the_scores_of_a_prompt_are_those_of_a_forward_pass(
     )[1:]:
         assert top[token_] == logprob
         assert logprob <= max(top.values())
-    # Greedy: its own choice is the likeliest, and has the very same number.
+    # Greedy sampling: the chosen token is the likeliest, with exactly the same logprob.
     assert columns["token_logprobs"][-1] == max(columns["top_logprobs"][-1].values())
 
 
-def test_a_chat_goes_by_the_models_template(client: FlaskClient, engine: TorchEngine) -> None:
+def test_a_chat_uses_the_template_of_the_model(client: FlaskClient, engine: TorchEngine) -> None:
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hé"},
@@ -197,7 +197,7 @@ def test_a_chat_goes_by_the_models_template(client: FlaskClient, engine: TorchEn
     assert response["choices"][0]["message"]["content"] == same["text"]
 
 
-def test_a_template_that_fails_or_is_missing_is_the_requests_fault(
+def test_a_failing_or_missing_template_is_an_error_of_the_request(
     client: FlaskClient, engine: TorchEngine
 ) -> None:
     messages = [{"role": "user", "content": "hi"}]

@@ -1,4 +1,4 @@
-"""Adapters merged into their base model compute what was trained, on tied models, too."""
+"""Adapters merged into their base model compute what was trained, even on tied models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tinkex.types import LoraConfig
 
 
 def trained(engine: Any, folder: Path, lora: LoraConfig) -> np.ndarray:
-    """Train an adapter into *folder*; return the log-probabilities it gives."""
+    """Train an adapter into *folder*; return its log-probabilities."""
     engine.create("m", lora)
     give_random_delta(engine, "m", folder)
     output = engine.forward_backward("m", [DATUM], "cross_entropy", {}, forward_only=True)
@@ -36,7 +36,7 @@ def trained(engine: Any, folder: Path, lora: LoraConfig) -> np.ndarray:
 
 
 def tokenizer_class(folder: Path) -> str:
-    """The class that transformers 4 and 5 both know, whichever of them wrote the folder."""
+    """Set the tokenizer class that both transformers 4 and 5 know, whichever wrote the folder."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     return str(settings["tokenizer_class"])
 
@@ -83,7 +83,7 @@ def test_a_tied_model_stays_tied_if_its_output_layer_was_not_trained(
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_the_note_beside_an_adapter_on_a_tied_output_layer_says_how(
+def test_the_note_with_an_adapter_on_a_tied_output_layer_explains_merging(
     tied_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tinkex")
@@ -100,7 +100,7 @@ def test_the_note_beside_an_adapter_on_a_tied_output_layer_says_how(
         "PeftModel": PeftModel,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of PEFT, about transformers and about tied weights
+        warnings.simplefilter("ignore")  # PEFT's warnings about transformers and about tied weights
         exec(by_hand.replace("path/of/this/folder", str(tmp_path / "adapter")), names)
     assert np.abs(logprobs_of(DATUM, names["model"]) - expected).max() < 1e-4
     code = with_tinkex.replace("path/of/this/folder", str(tmp_path / "adapter"))
@@ -119,7 +119,7 @@ def test_an_adapter_that_merges_as_usual_has_no_note(
     assert not (tmp_path / "MERGING.md").exists()
 
 
-def test_an_export_that_leaves_the_output_layer_alone_is_what_peft_reads(
+def test_peft_reads_an_export_that_does_not_train_the_output_layer(
     cache: Path, tmp_path: Path
 ) -> None:
     engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
@@ -150,7 +150,9 @@ def test_an_export_names_the_output_layer_as_the_hosted_service_does(
     assert np.array_equal(output.loss_fn_outputs[0]["logprobs"].to_numpy(), expected)
 
 
-def test_what_cannot_be_merged_is_refused(cache: Path, tied_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_merged_is_refused(
+    cache: Path, tied_folder: Path, tmp_path: Path
+) -> None:
     engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
     engine.create("m", LoraConfig(rank=4))
     engine.save("m", tmp_path / "adapter", with_optimizer=False)
@@ -165,7 +167,7 @@ def test_what_cannot_be_merged_is_refused(cache: Path, tied_folder: Path, tmp_pa
     with pytest.raises(InvalidInputError, match="dtype is 'float17'"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", dtype="float17")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    # Copies: old releases map the file, which is written anew below.
+    # Copies, because old releases map the file, which is rewritten below.
     tensors = {name: tensor.clone() for name, tensor in load_file(str(file)).items()}
     save_file({name: torch.zeros(3, 3) for name in tensors}, str(file))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on the length: each row has those of its own sequence."""
+"""Rotary frequencies that depend on the length: each row uses those of its own sequence."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 
-# Before transformers 5 the settings have other names.
+# Before transformers 5 the settings had other names.
 NEW_NAMES = hasattr(transformers.LlamaConfig(), "rope_parameters")
 
-# Sequences of up to this many tokens have the short factors, longer ones the long factors.
+# Sequences of up to this many tokens use the short factors, longer ones the long factors.
 ORIGINAL = 24
 
 
 def model_of(family: str, kind: str = "longrope") -> Any:
-    """A small model of *family* whose rotary embeddings are of *kind*."""
+    """Return a small model of *family* with rotary embeddings of *kind*."""
     rope: Dict[str, Any] = {"factor": 4.0}
     if kind == "longrope":
         rope = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 5.0, 9.0]}
@@ -49,14 +49,14 @@ def prompt(length: int) -> Any:
 
 
 def logprobs(model: Any, tokens: Any) -> Any:
-    """The model's own log-probabilities (n, vocabulary) after each of *tokens*."""
+    """Return the model's own log-probabilities (n, vocabulary) after each of *tokens*."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(tokens)[None], use_cache=False).logits
     return logits[0].float().log_softmax(-1).numpy()
 
 
 def own(model: Any, tokens: Any) -> Any:
-    """The model's own log-probabilities of tokens 1, 2, ... of *tokens*."""
+    """Return the model's own log-probabilities of tokens 1, 2, ... of *tokens*."""
     return logprobs(model, tokens)[range(len(tokens) - 1), tokens[1:]]
 
 
@@ -77,7 +77,7 @@ class _NoTokenizer:
 
 
 @pytest.mark.parametrize("family", ["phi3", "llama", "phimoe"])
-def test_rows_on_both_sides_of_the_threshold_are_right_in_one_batch(family: str) -> None:
+def test_rows_below_and_above_the_threshold_are_right_in_one_batch(family: str) -> None:
     if family == "phimoe" and not NEW_NAMES:
         pytest.skip("its rotary embedding takes no positions")
     model = model_of(family)
@@ -106,7 +106,7 @@ def test_rows_on_both_sides_of_the_threshold_are_right_in_one_batch(family: str)
         assert np.abs(found[:, 0] - expected).max() < 1e-5
 
 
-def test_a_row_that_grows_over_the_threshold_continues_as_generate_does() -> None:
+def test_a_row_that_grows_beyond_the_threshold_continues_like_generate() -> None:
     model = model_of("phi3")
     tokens = prompt(ORIGINAL - 5)
     ids = torch.tensor(tokens)[None]
@@ -123,7 +123,7 @@ def test_a_row_that_grows_over_the_threshold_continues_as_generate_does() -> Non
     assert found == expected[0, len(tokens) :].tolist()
 
 
-def test_a_long_prompt_in_pieces_has_the_same_features_as_in_one() -> None:
+def test_a_long_prompt_in_pieces_has_the_same_features_as_whole() -> None:
     network = Network(model_of("phi3"))
     tokens = prompt(60).astype(np.int32)
     with torch.no_grad():
@@ -132,13 +132,13 @@ def test_a_long_prompt_in_pieces_has_the_same_features_as_in_one() -> None:
     assert torch.allclose(torch.cat(pieces, 1), entire, atol=1e-5)
 
 
-def test_frequencies_that_stay_the_same_within_the_context_are_left_alone() -> None:
-    # Dynamic scaling begins beyond max_position_embeddings, where nothing is served.
+def test_frequencies_that_are_constant_within_the_context_are_not_replaced() -> None:
+    # Dynamic scaling begins beyond max_position_embeddings, where the engine serves nothing.
     for model in (small_model(small_config("llama")), model_of("llama", "dynamic")):
         assert Network(model).rope.thresholds == []
 
 
-def test_sampling_a_long_prompt_leaves_nothing_behind_for_a_short_one() -> None:
+def test_sampling_a_long_prompt_does_not_affect_a_short_one() -> None:
     model = model_of("phi3")
     network = Network(model)
     short = prompt(12).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Sampling: equal to transformers' generate and to a fresh forward pass; repeatable; stoppable."""
+"""Sampling equals transformers' generate and a fresh forward pass; it repeats and stops."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_greedy_sampling_equals_generate(samplers: Any) -> None:
 def test_logprobs_of_samples_equal_a_fresh_forward_pass(
     samplers: Any, params: Dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    """So that the ratio of importance sampling is 1 at the first step."""
+    """This makes the ratio of importance sampling 1 at the first step."""
     requests = [
         request(n, seed=n, samples=2, max_tokens=m, **params) for n, m in ((3, 30), (40, 9))
     ]
@@ -88,7 +88,7 @@ def test_logprobs_of_samples_equal_a_fresh_forward_pass(
     assert worst < 1e-4
 
 
-def test_a_seed_decides_the_draw_whatever_else_is_in_the_batch(samplers: Any) -> None:
+def test_a_seed_decides_the_sample_whatever_else_is_in_the_batch(samplers: Any) -> None:
     mine = request(9, samples=3, seed=1, temperature=0.9)
     mine = SampleRequest(mine.prompt, 3, SamplingParams(max_tokens=20, seed=42, stop=[]))
     alone = run_all(samplers, "base", [mine])[0]
@@ -98,19 +98,19 @@ def test_a_seed_decides_the_draw_whatever_else_is_in_the_batch(samplers: Any) ->
     for one, other in zip(alone.sequences, crowded.sequences):
         assert np.abs(one.logprobs_np - other.logprobs_np).max() < 1e-4
     texts = {tuple(s.tokens) for s in alone.sequences}
-    assert len(texts) == 3  # the samples of a request differ from one another
+    assert len(texts) == 3  # the samples of a request differ from each other
     other_seed = SampleRequest(mine.prompt, 3, SamplingParams(max_tokens=20, seed=43, stop=[]))
     assert run_all(samplers, "base", [other_seed])[0].sequences[0].tokens not in [
         list(t) for t in texts
     ]
 
 
-def test_without_a_seed_draws_differ(samplers: Any) -> None:
+def test_without_a_seed_samples_differ(samplers: Any) -> None:
     answers = run_all(samplers, "base", [request(max_tokens=20), request(max_tokens=20)])
     assert answers[0].sequences[0].tokens != answers[1].sequences[0].tokens
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     numbers = np.random.default_rng(0).random(4000).tolist()
 
@@ -138,7 +138,7 @@ def test_a_wide_nucleus_is_found_by_sorting_everything() -> None:
     assert len(tokens) > 450
 
 
-def test_tokens_that_are_ruled_out_are_so_at_every_temperature() -> None:
+def test_impossible_tokens_are_never_drawn_at_any_temperature() -> None:
     logits = torch.tensor([[0.0, -torch.inf, -torch.inf, -1.0]])
     for temperature in (1e-300, 1e-30, 1e30, 1e300):
         found = draw(logits, [SamplingParams(temperature=temperature)], [0.3])
@@ -160,7 +160,7 @@ def test_logprobs_are_those_of_the_model_itself() -> None:
 
 
 def expected_stop(tokens: List[int], decode: Any, strings: Sequence[str]) -> int:
-    """How many of *tokens* it takes until their text holds one of *strings*."""
+    """Return after how many of *tokens* their text contains one of *strings*."""
     for count in range(1, len(tokens) + 1):
         if any(string in decode(tokens[:count]) for string in strings):
             return count
@@ -224,7 +224,7 @@ def test_max_tokens_none_runs_to_the_end_of_the_context(samplers: Any) -> None:
     assert (len(sequence.tokens), sequence.stop_reason) == (5, "length")
 
 
-def test_long_prompts_in_pieces_give_what_whole_ones_give(
+def test_long_prompts_in_pieces_give_the_results_of_whole_ones(
     samplers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [
@@ -241,7 +241,7 @@ def test_long_prompts_in_pieces_give_what_whole_ones_give(
         assert difference.max() < 1e-4
 
 
-def test_what_does_not_fit_into_memory_together_runs_one_after_the_other(
+def test_requests_that_do_not_fit_into_memory_together_run_in_turn(
     samplers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request(8, seed=n, samples=4, max_tokens=10) for n in range(3)]
@@ -260,7 +260,7 @@ def test_what_does_not_fit_into_memory_together_runs_one_after_the_other(
 def test_requests_that_join_while_others_run_are_drawn_as_if_alone(
     samplers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their prompts are longer and shorter than those of the rows, some of which have ended."""
+    """Their prompts are longer or shorter than those of the rows, some of which have ended."""
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
     wanted = [request(8, seed=1, samples=2, max_tokens=60), request(20, seed=2, max_tokens=5)]
     wanted += [request(100, seed=3, samples=3, max_tokens=30), request(3, seed=4, max_tokens=9)]
@@ -289,7 +289,7 @@ def test_requests_that_join_while_others_run_are_drawn_as_if_alone(
             assert np.abs(difference).max() < 1e-4
 
 
-def test_a_request_at_fault_or_dropped_that_joins_later_changes_nothing(samplers: Any) -> None:
+def test_a_faulty_or_dropped_request_that_joins_later_changes_nothing(samplers: Any) -> None:
     asked = request(8, seed=1, temperature=0.0, max_tokens=60)
     expected = run_all(samplers, "base", [asked])[0].sequences[0].tokens
     requests, dropped = [asked], set()
@@ -306,7 +306,7 @@ def test_a_request_at_fault_or_dropped_that_joins_later_changes_nothing(samplers
     assert found[0].sequences[0].tokens == expected
 
 
-def test_rows_that_run_go_on_between_the_pieces_of_prompts_that_join(
+def test_running_rows_continue_between_the_pieces_of_joining_prompts(
     samplers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
@@ -321,14 +321,14 @@ def test_rows_that_run_go_on_between_the_pieces_of_prompts_that_join(
     counts: List[int] = []
     for slices, _ in enumerate(samplers.sample("base", requests)):
         if slices == 1:
-            requests += [request(30, seed=n, max_tokens=2) for n in range(4)]  # a piece each
+            requests += [request(30, seed=n, max_tokens=2) for n in range(4)]  # one piece each
         counts.append(len(reported))
     steps = [after - before for before, after in zip(counts, counts[1:])]
     assert steps[1:9] == [0, 8] * 4
 
 
 def test_prompt_logprobs_and_top_k_equal_the_model(samplers: Any) -> None:
-    prompt = prompt_of(300, 8)  # more positions than a chunk of logits holds
+    prompt = prompt_of(300, 8)  # more positions than a chunk of logits
     asked = SampleRequest(
         prompt,
         1,
@@ -355,7 +355,7 @@ def test_prompt_logprobs_and_top_k_equal_the_model(samplers: Any) -> None:
     assert relative_error(sampled.logprobs, table.topk(3).values[299:302].detach()) < 1e-4
 
 
-def test_only_the_last_n_prompt_logprobs_are_known_if_so_asked(samplers: Any) -> None:
+def test_only_the_last_n_prompt_logprobs_are_returned_if_requested(samplers: Any) -> None:
     prompt = prompt_of(40, 8)
     params = SamplingParams(max_tokens=1)
     full = SampleRequest(prompt, 1, params, prompt_logprobs=True, topk_prompt_logprobs=2)
@@ -374,7 +374,7 @@ def test_only_the_last_n_prompt_logprobs_are_known_if_so_asked(samplers: Any) ->
     assert [row is None for row in answers[1].topk_prompt_logprobs] == [True] * 33 + [False] * 7
 
 
-def test_target_prompt_logprobs_come_back_in_the_shape_requested(samplers: Any) -> None:
+def test_target_prompt_logprobs_have_the_requested_shape(samplers: Any) -> None:
     prompt = prompt_of(6, 8)
     targets = np.array([[1, 2], [3, -1], [-1, -1], [7, 8], [9, 10]])
     asked = SampleRequest(
@@ -399,7 +399,7 @@ def test_target_prompt_logprobs_come_back_in_the_shape_requested(samplers: Any) 
     assert relative_error(found.to_numpy(), expected) < 1e-4
 
 
-def test_samplers_of_different_weights_live_side_by_side(samplers: Any, tmp_path: Path) -> None:
+def test_samplers_with_different_weights_coexist(samplers: Any, tmp_path: Path) -> None:
     asked = [request(12, temperature=0.0, max_tokens=20)]
     base = run_all(samplers, "base", asked)[0].sequences[0].tokens
     tuned = run_all(samplers, "tuned", asked)[0].sequences[0].tokens
@@ -413,7 +413,7 @@ def test_samplers_of_different_weights_live_side_by_side(samplers: Any, tmp_path
     assert run_all(samplers, "tuned", asked)[0].sequences[0].tokens == tuned
 
 
-def test_other_work_may_come_between_the_slices(samplers: Any) -> None:
+def test_other_work_may_run_between_the_slices(samplers: Any) -> None:
     asked = [request(7, temperature=0.0, max_tokens=40)]
     expected = run_all(samplers, "tuned", asked)[0].sequences[0].tokens
     found = None
@@ -429,14 +429,14 @@ def test_other_work_may_come_between_the_slices(samplers: Any) -> None:
     assert slices >= 5
 
 
-def test_finished_requests_are_handed_out_while_longer_ones_go_on(samplers: Any) -> None:
+def test_finished_requests_are_returned_while_longer_ones_continue(samplers: Any) -> None:
     steps = samplers.sample("base", [request(4, max_tokens=60), request(4, max_tokens=3)])
     order = [[index for index, _ in finished] for finished in steps]
     assert [index for finished in order for index in finished] == [1, 0]
     assert len([finished for finished in order if finished]) == 2
 
 
-def test_a_request_at_fault_fails_alone(samplers: Any) -> None:
+def test_a_faulty_request_fails_alone(samplers: Any) -> None:
     context = samplers.info.context_length
     bad = {
         "empty": SampleRequest(ModelInput.empty()),
@@ -465,7 +465,7 @@ def test_a_request_at_fault_fails_alone(samplers: Any) -> None:
     assert len(answers[len(bad) + 1].sequences[0].tokens) == 12
 
 
-def test_unloading_a_sampler_frees_it_and_fails_what_runs_on_it(samplers: Any) -> None:
+def test_unloading_a_sampler_frees_it_and_fails_its_running_requests(samplers: Any) -> None:
     def count() -> int:
         return sum(p.numel() for p in samplers._network.model.parameters())
 
@@ -492,7 +492,9 @@ def test_abandoning_a_batch_leaves_the_engine_usable(samplers: Any) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 3], ids=["before", "at the start", "in the middle"])
-def test_a_dropped_request_ends_and_the_others_go_on_unchanged(samplers: Any, after: int) -> None:
+def test_a_dropped_request_ends_and_the_others_continue_unchanged(
+    samplers: Any, after: int
+) -> None:
     requests = [request(seed=n, samples=2, max_tokens=64, temperature=0.0) for n in (1, 2, 3)]
     alone = run_all(samplers, "base", requests)
     dropped = {1} if after == 0 else set()

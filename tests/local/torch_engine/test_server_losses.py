@@ -43,7 +43,7 @@ def entropic(
     return loss, {"custom/lp:mean": logprobs.mean(), "custom/n:sum": torch.ones_like(ratio).sum()}
 
 
-def test_a_loss_on_the_server_trains_as_the_same_loss_here(engine: Any) -> None:
+def test_a_loss_on_the_server_trains_like_the_same_loss_in_the_client(engine: Any) -> None:
     data = batch()
     with LocalServer(engine, settings=SERVED) as server, ServiceClient(base_url=server.url) as s:
         handle = s.create_custom_loss(entropic, {"logprobs": 1, "advantages": 1}).result(60)

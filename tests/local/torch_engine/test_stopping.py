@@ -1,4 +1,4 @@
-"""Stop strings are found in the text as it goes on from the prompt, whatever the tokenizer."""
+"""Stop strings are found in the text that continues the prompt, with any tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: characters, bytes for what is not in the vocabulary, no blank in front."""
+    """Return a tokenizer like Llama 2's: characters, bytes for unknown ones, no blank in front."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += [BLANK, *LETTERS, f"{BLANK}a", f"{BLANK}{BLANK}", "ab"]
     merges = [(BLANK, "a"), (BLANK, BLANK), ("a", "b")]
@@ -77,7 +77,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def split(tokenizer: Tokenizer, prompt: str, text: str) -> Tuple[List[int], List[int]]:
-    """Token ids of *prompt*, and those that go on from it to *prompt* + *text*."""
+    """Return the token ids of *prompt*, and those that continue it to *prompt* + *text*."""
     tokens = tokenizer.encode(prompt + text).ids
     for count in range(len(tokens) + 1):
         if tokenizer.decode(tokens[:count]) == prompt:
@@ -109,7 +109,7 @@ CASES: Dict[str, Tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_stops_with_the_last_token_of_the_string(case: str, tokenizer: Tokenizer) -> None:
+def test_sampling_stops_with_the_last_token_of_the_string(case: str, tokenizer: Tokenizer) -> None:
     prompt_text, text, stop = CASES[case]
     prompt, tokens = split(tokenizer, prompt_text, text)
     count = stops_after(tokenizer, prompt, tokens, "never there", stop)
@@ -118,19 +118,19 @@ def test_it_stops_with_the_last_token_of_the_string(case: str, tokenizer: Tokeni
     assert [stop in text for text in found] == [False, True]
 
 
-def test_a_string_of_the_prompt_does_not_stop_anything(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_in_the_prompt_stops_nothing(tokenizer: Tokenizer) -> None:
     prompt, tokens = split(tokenizer, "b. c", " d e")
     assert stops_after(tokenizer, prompt, tokens, "c", ". c d", "c d") == -1
 
 
-def test_the_text_is_what_the_tokens_add_to_the_prompt(tokenizer: Tokenizer) -> None:
+def test_the_text_is_the_tokens_addition_to_the_prompt(tokenizer: Tokenizer) -> None:
     random.seed(5)
     decode = vocabulary_of(tokenizer).text
     for _ in range(100):
         text = "".join(random.choices("ab  cd.é€😀", k=40))
         tokens = tokenizer.encode(text).ids
         at = random.randrange(len(tokens))
-        while "\ufffd" in decode(tokens[:at]):  # the prompt is text: it ends with a character
+        while "\ufffd" in decode(tokens[:at]):  # a prompt ends with a whole character
             at += 1
         expected = decode(tokens)[len(decode(tokens[:at])) :]
         generated = GeneratedText(tokens[:at], decode, keep=1000)
@@ -138,7 +138,7 @@ def test_the_text_is_what_the_tokens_add_to_the_prompt(tokenizer: Tokenizer) -> 
         assert found[-1:] in ([expected], [])
 
 
-def test_bytes_that_make_no_character_cost_no_more_than_others() -> None:
+def test_bytes_that_form_no_character_cost_no_more_than_others() -> None:
     longest = 0
 
     def decode(tokens: Sequence[int]) -> str:
@@ -153,7 +153,7 @@ def test_bytes_that_make_no_character_cost_no_more_than_others() -> None:
     assert longest < 40
 
 
-def test_without_a_prompt_to_go_on_from_the_text_is_the_tokens_own() -> None:
+def test_without_a_prompt_the_text_is_that_of_the_tokens() -> None:
     generated = GeneratedText([], lambda tokens: "".join(map(chr, tokens)), keep=3)
     assert [generated.append(ord(letter)) for letter in "abcde"] == [
         "a",

@@ -1,4 +1,4 @@
-"""An adapter changes what was asked for: each layer of a kind that text passes, and no other."""
+"""An adapter changes each layer of the requested kinds that text passes through, and no other."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ VISION = {
     "patch_size": 14,
 }
 
-# What is special about each: latent attention, dense and shared MLPs beside the experts; a shared
-# expert with a gate of its own; an attention projection called gate_proj; experts of attention;
-# a vision tower with layers of the same names; transposed weights; a fused projection; layers of
-# BERT's names.
+# Chosen for their peculiarities: latent attention, dense and shared MLPs beside the experts; a
+# shared expert with its own gate; an attention projection called gate_proj; experts of attention; a
+# vision tower with layers of the same names; transposed weights; a fused projection; layers named
+# as in BERT.
 FAMILIES: Dict[str, Any] = {
     "deepseek-v3": lambda: transformers.DeepseekV3Config(**DEEPSEEK),
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
@@ -83,7 +83,7 @@ FAMILIES: Dict[str, Any] = {
     "bert-decoder": lambda: transformers.BertConfig(**COMMON, is_decoder=True),
 }
 
-# Layers that text passes and that are neither attention nor MLP, and what chooses experts.
+# Layers that text passes through but that are neither attention nor MLP, and expert routers.
 NOT_ADAPTED = {
     # Before transformers 5 the routers of these two were linear layers.
     "mixtral": {"model.layers.*.block_sparse_moe.gate.weight"},
@@ -105,7 +105,7 @@ def starred(name: str) -> str:
 
 
 def weights_that_text_trains(model: Any) -> Set[str]:
-    """Weights of linear layers, and expert tensors, that get a gradient from a text."""
+    """Return the weights of linear layers and the expert tensors with a gradient from text."""
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model = copy.deepcopy(model).requires_grad_(True)
     tokens = torch.tensor(np.random.default_rng(1).integers(0, 256, (2, 60)))
@@ -137,7 +137,7 @@ def write_family(name: str, folder: Path) -> Any:
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_everything_that_text_trains_is_adapted_and_plain_peft_agrees(
+def test_all_layers_that_text_trains_are_adapted_and_plain_peft_agrees(
     name: str, tmp_path: Path, adapts_tensors: bool
 ) -> None:
     model = write_family(name, tmp_path / "model")
@@ -155,7 +155,7 @@ def test_everything_that_text_trains_is_adapted_and_plain_peft_agrees(
     (datum,) = make_data([60])
     output = engine.forward_backward("m", [datum], "cross_entropy", {})
     logprobs = output.loss_fn_outputs[0]["logprobs"].to_numpy()
-    # An expert of a list of its own gets a gradient only if it was chosen.
+    # An expert that is a separate module gets a gradient only if it was chosen.
     gradients = {
         name: parameter.grad
         for name, parameter in engine._runs["m"].adapter.parameters.items()
@@ -213,7 +213,7 @@ def test_one_kind_alone_is_adapted_and_plain_peft_agrees(
 
 
 def test_the_names_that_peft_rewrites_are_known() -> None:
-    # Stands on: peft's table of the names that it rewrites in target_modules (0.19 and later).
+    # Relies on peft's table of the names that it rewrites in target_modules (0.19 and later).
     try:
         conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
     except ImportError:
@@ -263,7 +263,7 @@ def test_experts_that_peft_cannot_adapt_are_left_out_with_a_warning(
     engine.create_sampler("s", tmp_path / "saved")
 
 
-def test_a_checkpoint_of_an_earlier_layout_is_sampled_from_and_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_in_an_earlier_layout_can_be_sampled_from_and_resumed(tmp_path: Path) -> None:
     write_family("gemma3-vision", tmp_path / "model")
     engine = TorchEngine.from_pretrained(str(tmp_path / "model"), device="cpu")
     lora = LoraConfig(rank=RANK, seed=1)
@@ -299,7 +299,9 @@ def test_a_checkpoint_of_an_earlier_layout_is_sampled_from_and_resumed(tmp_path:
 @pytest.mark.parametrize(
     "targets", [r"model\.layers\.1\..*_proj", "all-linear", ["1.self_attn.q_proj"]]
 )
-def test_an_adapter_of_peft_is_sampled_from(targets: Any, engine: Any, tmp_path: Path) -> None:
+def test_an_adapter_made_with_peft_can_be_sampled_from(
+    targets: Any, engine: Any, tmp_path: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(engine.info.tokenizer_id, dtype=torch.float32)
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
     config.init_lora_weights = False
@@ -360,7 +362,7 @@ def test_names_are_shortened_only_where_that_is_unambiguous() -> None:
     assert shorten(["lm_head"], ["lm_head", "tower.lm_head"]) == ["lm_head"]
 
 
-def test_counts_put_a_star_for_numbers() -> None:
+def test_counts_replace_numbers_by_a_star() -> None:
     layers: List[str] = [f"model.layers.{i}.mlp.up_proj" for i in range(11)]
     chosen = Chosen([*layers, "lm_head"], ["model.layers.3.mlp.experts.down_proj"])
     assert chosen.counts() == {

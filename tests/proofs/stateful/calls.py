@@ -1,4 +1,4 @@
-"""What was asked of the client, and what came of it."""
+"""The calls of the client, and their outcomes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from proofs.stateful.witness import Key
 
 from tinkex.errors import TinkexError
 
-#: A future that is not settled by then never will be, in seconds; so is a call that has to return.
+#: A future that is not settled after this time, in seconds, counts as never settled; a call that
+#: has not returned, as hanging.
 MOST_S = 100.0
 
 _ticks = itertools.count(1)
 
 
 def tick() -> int:
-    """Return a point in the order of events of this process."""
+    """Return the next number in the order of this process's events."""
     return next(_ticks)
 
 
 class Outcome(NamedTuple):
-    """The end of a call: a value, or an error."""
+    """The outcome of a call: a value, or an error."""
 
     value: Any = None
     error: Optional[BaseException] = None
@@ -33,21 +34,21 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A call of the client that the server is to execute.
+    """A call of the client that the server should execute.
 
     Attributes:
         kind: the method.
         scope: the session whose client was called.
-        owner: the id of the run, or SAMPLES.
-        keys: what the server's log will hold, in order; a batch in parts has several.
-        again: makes the same call once more.
-        after: the call of the same thread that comes before it, without which it may be cancelled.
-        began, returned: around the call itself, which may return before its work is done.
-        future: of the work; None if the method returns only when it is done, or has raised.
-        outcome: once it is known.
+        owner: the id of the call's run, or SAMPLES.
+        keys: the entries expected in the server's log, in order; a batch in parts has several.
+        again: repeats the call.
+        after: the preceding call of the same thread; if that fails, this one may be cancelled.
+        began, returned: when the call began and returned, which may be before its work is done.
+        future: of the work; None if the method returns only when the work is done, or has raised.
+        outcome: None until it is known.
         cancelled: `cancel` was called.
-        repeated: the same call was made again, which now stands for this one.
-        source: of a sample: the name of the checkpoint, or the id of the snapshot's sampler; None
+        repeated: the call was repeated, and the repetition now stands for it.
+        source: for a sample, the name of its checkpoint, or the id of its snapshot's sampler; None
             is the base model.
     """
 
@@ -77,7 +78,7 @@ class Call:
         return self
 
     def settle(self) -> bool:
-        """Wait for the outcome; False if there is none in time."""
+        """Wait for the outcome; return False if there is none in time."""
         if self.outcome is None and self.future is not None:
             try:
                 self.outcome = Outcome(self.future.result(MOST_S))
@@ -95,7 +96,7 @@ class Call:
 
     @property
     def succeeded(self) -> bool:
-        """Whether its future has a result by now."""
+        """Whether the future has a result by now."""
         done = self.future is not None and self.future.done()
         return done and not self.future.cancelled() and self.future.exception() is None
 
@@ -109,7 +110,7 @@ class Call:
 
     @property
     def never_sent(self) -> bool:
-        """Whether the client knows that it has sent nothing; meaningful once all is settled."""
+        """Whether the client knows that nothing was sent; meaningful once all calls are settled."""
         if self.raised:
             return True
         return self.cancelled and not getattr(self.future, "was_sent", True)
@@ -122,7 +123,7 @@ class Call:
 
 
 class Actor:
-    """A thread of the user's program, which does what it is given, one after the other."""
+    """A thread of the user's program, which executes tasks one after the other."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[Optional[Tuple[Callable[[], Any], Future[Any]]]] = (
@@ -132,13 +133,13 @@ class Actor:
         self._thread.start()
 
     def start(self, task: Callable[[], Any]) -> Future[Any]:
-        """Have the thread call *task*; return the future of its return."""
+        """Have the thread call *task*; return a future for its return."""
         future: Future[Any] = Future()
         self._tasks.put((task, future))
         return future
 
     def stop(self) -> bool:
-        """End the thread; False if it hangs."""
+        """End the thread; return False if it hangs."""
         self._tasks.put(None)
         self._thread.join(MOST_S)
         return not self._thread.is_alive()
@@ -153,4 +154,4 @@ class Actor:
                 future.set_result(task())
             except BaseException as error:
                 future.set_exception(error)
-            del entry, task, future  # while it waits, it keeps no client alive
+            del entry, task, future  # a waiting thread must keep no client alive

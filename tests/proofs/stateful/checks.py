@@ -1,4 +1,4 @@
-"""What must hold once everything is settled, whatever the order and the faults."""
+"""Properties that must hold once all calls are settled, whatever the order and the faults."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tinkex import errors
 from tinkex.testing.journal import ReceivedRequest
 from tinkex.wire.codec import codec_for
 
-#: Keys that can be asked for more than once.
+#: Keys that may be requested more than once.
 _AMBIGUOUS = ("load", "snapshot", "create")
 #: After these the client counts the seq_id as used, and a server that has not seen it reports that.
 _GAPS = (400, 404, 409, 410, 422)
 
 
 def wrong_calls(world: World) -> Iterator[str]:
-    """What every call has come to; all must be settled."""
+    """Check the outcome of every call; all must be settled."""
     failures: Set[int] = set()
     for call in world.calls:
         if call.error is None:
@@ -75,7 +75,7 @@ def _may_cause(storm: Storm, error: BaseException) -> bool:
 
 
 def _status_or_type(error: BaseException) -> bool:
-    """Whether *error* is of the call that a fault has struck, not of one that depends on it."""
+    """Whether *error* belongs to the call that the fault struck, not to one that depends on it."""
     followers = (
         CancelledError,
         errors.ClientClosedError,
@@ -86,11 +86,11 @@ def _status_or_type(error: BaseException) -> bool:
     return not isinstance(error, followers)
 
 
-# What was executed
+# Executed work
 
 
 def wrong_executions(world: World) -> Iterator[str]:
-    """Acknowledged work was executed once, other work at most once, and in order."""
+    """Check that acknowledged work was executed once, other work at most once, and in order."""
     by_owner: Dict[str, List[Key]] = collections.defaultdict(list)
     for owner, key in world.server.log.entries:
         by_owner[owner].append(("snapshot",) if key[0] == "snapshot" else key)
@@ -103,7 +103,7 @@ def wrong_executions(world: World) -> Iterator[str]:
             yield from _wrong_counts(calls_of[owner], executed)
             yield from _wrong_order(calls_of[owner], executed)
             yield from _wrong_steps(calls_of[owner], executed)
-        # Else a run or sampler whose creation has failed.
+        # Otherwise it is a run or sampler whose creation failed.
         elif any(key[0] not in ("create", "load") for key in executed):
             yield f"{owner} was not asked for, and has {executed}"
     for owner, calls in calls_of.items():
@@ -129,7 +129,7 @@ def _wrong_counts(calls: List[Call], executed: List[Key]) -> Iterator[str]:
 
 
 def _wrong_order(calls: List[Call], executed: List[Key]) -> Iterator[str]:
-    """A call that had returned before another began was executed before it."""
+    """Check that a call that returned before another began was executed before it."""
     places = {key: i for i, key in enumerate(executed) if key[0] not in _AMBIGUOUS}
     ordered: List[Tuple[Call, List[int]]] = []
     for call in calls:
@@ -146,7 +146,7 @@ def _wrong_order(calls: List[Call], executed: List[Key]) -> Iterator[str]:
 
 
 def _wrong_steps(calls: List[Call], executed: List[Key]) -> Iterator[str]:
-    """No optimizer step is taken on a part of a batch."""
+    """Check that no optimizer step was taken on a part of a batch."""
     batches = [call.keys for call in calls if call.kind == "forward_backward" and call.keys[1:]]
     gradient: Set[Key] = set()
     for key in executed:
@@ -162,7 +162,7 @@ def _wrong_steps(calls: List[Call], executed: List[Key]) -> Iterator[str]:
 
 
 def wrong_results(world: World) -> Iterator[str]:
-    """A result belongs to what was asked."""
+    """Check that each result belongs to its call."""
     for call in world.calls:
         if call.acknowledged and call.kind in ("forward", "forward_backward", "optim_step"):
             labels = float(sum(sum(key[1:]) for key in call.keys))
@@ -175,15 +175,15 @@ def wrong_results(world: World) -> Iterator[str]:
                 yield f"{call} has the path {path}"
 
 
-# What was sent
+# Sent requests
 
 
 def wrong_bodies(world: World) -> Iterator[str]:
-    """No seq_id was sent with two bodies.
+    """Check that no seq_id was sent with two bodies.
 
-    Except where the protocol has it (docs/protocol.md, "Sequence numbers"): what was refused has
-    not used its seq_id, or leaves a gap that later requests fill, and a request that fails with 500
-    each time is replaced by a pass without effect.
+    Exceptions by the protocol (docs/protocol.md, "Sequence numbers"): a refused request has not
+    used its seq_id, or leaves a gap that later requests fill, and a request that always fails with
+    500 is replaced by a pass without effect.
     """
     refused = {
         request.index
@@ -205,7 +205,7 @@ def wrong_bodies(world: World) -> Iterator[str]:
 
 
 def _numbered(request: ReceivedRequest) -> Iterator[Tuple[Tuple[Any, ...], Any]]:
-    """The seq_id of a request, with whose it is, and its body without what may differ."""
+    """Return a request's seq_id with its owner, and its body without fields that may differ."""
     if request.method != "POST" or not request.body:
         return
     if request.path in ("/api/v1/forward_backward", "/api/v1/forward"):
@@ -228,7 +228,7 @@ def _numbered(request: ReceivedRequest) -> Iterator[Tuple[Tuple[Any, ...], Any]]
     ):
         if owner in body and number in body:
             slot = (number, body[owner], body[number])
-            # A save for this session takes another one each time it is sent.
+            # A save for this session has another number each time it is sent.
             body = {k: v for k, v in body.items() if k != "sampling_session_seq_id"}
             yield slot, (request.path, json.dumps(body, sort_keys=True))
 
@@ -237,7 +237,7 @@ def _is_filler(body: Any) -> bool:
     return body == ("pass", True, (0,))
 
 
-#: For the summary of a long run.
+#: Counters for the summary of a long run.
 def strikes_by_name(storms: List[Storm]) -> Counter[str]:
     counts: Counter[str] = collections.Counter()
     for storm in storms:

@@ -1,8 +1,8 @@
-"""The state machine: random interleavings of what a program does with tinkex, over random faults.
+"""The state machine: random interleavings of the calls of a program, over random faults.
 
-Order, where it matters, is given by the machine: an actor's call has returned before the next rule
-begins.  In a burst, several actors call at the same time, while a session may end or be closed;
-what is checked then holds for every order.
+If order matters, the machine determines it: an actor's call has returned before the next rule
+    begins.  In a burst, several actors call at the same time, while a session may end or be closed;
+    the checks then hold for every order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ actors = st.integers(0, ACTORS - 1)
 picks = st.integers(0, 20)
 work = st.lists(st.sampled_from(KINDS), min_size=1, max_size=4)
 
-#: Of all examples so far, for the summary of a long run.
+#: Counters over all examples so far, for the summary of a long run.
 totals: Counter[str] = collections.Counter()
 
 
@@ -69,7 +69,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(actor=actors, which=picks, kinds=work, source=picks)
     def submit(self, actor: int, which: int, kinds: List[str], source: int) -> None:
-        """Ask for a few things in a row, without waiting."""
+        """Make a few calls in a row, without waiting."""
         run = self._run(which)
         if run is not None:
             self.world.do(actor, lambda: self._submit_all(run, kinds, source))
@@ -108,7 +108,7 @@ class Interleavings(RuleBasedStateMachine):
         source: int,
         meanwhile: str,
     ) -> None:
-        """Have all actors call at the same time, while something else happens."""
+        """Have all actors make calls at the same time, while something else happens."""
         runs = [self._run(one) for one in which]
         start = threading.Barrier(ACTORS + 1)
         world, scope = self.world, self.world.scope
@@ -142,7 +142,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(which=picks)
     def repeat(self, which: int) -> None:
-        """Make the call of a run that has failed last once more; it is then done once."""
+        """Repeat the last failed call of a run, which is then executed once."""
         run = self._run(which)
         calls = [] if run is None else self._settled_calls_of(run)
         last = calls[-1] if calls else None
@@ -171,7 +171,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(actor=actors, newest=st.integers(0, 4))
     def cancel(self, actor: int, newest: int) -> None:
-        """Cancel one of the newest calls, which may be under way."""
+        """Cancel one of the newest calls, which may be in flight."""
         calls = [call for call in self.world.calls if call.future is not None]
         if newest < len(calls):
             self.world.do(actor, lambda: _cancel(calls[-1 - newest]))
@@ -184,7 +184,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """Wait for everything, and check it."""
+        """Wait for all calls, and check them."""
         self._settle(self.world.calls)
         self._check()
 
@@ -195,7 +195,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def open_after_the_end(self) -> None:
-        """Open another session if this one is over; the old one is closed at the end."""
+        """Open another session if the current one is over; the old one is closed at the end."""
         if not self._usable:
             self._open(True)
 
@@ -220,7 +220,7 @@ class Interleavings(RuleBasedStateMachine):
         times=st.integers(1, 3),
     )
     def inject_passing(self, name: str, route: str, call: int, times: int) -> None:
-        # A session that is being created is given up after its one timeout, which is long.
+        # The creation of a session is given up only after its timeout, which is long.
         if not (name in WAITING and route in ("*", "POST /api/v1/create_session")):
             self.world.inject("passing", name, route, call, times)
 
@@ -264,7 +264,7 @@ class Interleavings(RuleBasedStateMachine):
         world.calm()
         self._settle(world.calls)
         self._check()
-        self._paths("save")  # what is lost cannot be compared
+        self._paths("save")  # lost checkpoints cannot be compared
         if not self._usable or world.ended_at >= world.scope.opened_at:
             self._open(False)
         for run in world.scope.runs:
@@ -280,7 +280,7 @@ class Interleavings(RuleBasedStateMachine):
         _count(world)
 
     def end(self) -> None:
-        """Close everything, whatever was found."""
+        """Close everything, whatever the findings."""
         world, self._world = self.world, None
         world.calm()
         for scope in world.scopes:
@@ -311,7 +311,7 @@ class Interleavings(RuleBasedStateMachine):
         return runs[which % len(runs)] if runs else None
 
     def _paths(self, kind: str) -> List[Tuple[str, str]]:
-        """Names and paths of checkpoints that the server has, unless it is about to lose them."""
+        """Return names and paths of the server's checkpoints, unless it is about to lose them."""
         forgets = by_name(self.world.storms, "restart without state")
         if forgets > self._forgets:
             self._forgets = forgets
@@ -330,7 +330,7 @@ class Interleavings(RuleBasedStateMachine):
             self.world.submit(kind, run, chosen)
 
     def _settled_calls_of(self, run: Any) -> List[Call]:
-        """All calls of *run*, in the order of the calls, once they are settled."""
+        """Return all calls of *run*, in order, once they are settled."""
         calls = [call for call in self.world.calls if call.owner == run.model_id]
         self._settle(calls)
         return sorted(calls, key=lambda call: call.began)
@@ -373,9 +373,9 @@ def _count(world: World) -> None:
 
 @contextlib.contextmanager
 def quick_retries() -> Iterator[None]:
-    """What failed is sent again after milliseconds, where the server asks for no longer pause.
+    """Retries come after milliseconds, unless the server asks for a longer pause.
 
-    Whether a session is over is asked for longer than usual: this machine may be very busy.
+    The check whether a session is over may take longer than usual: the machine may be very busy.
     """
     defaults = RetryPolicy.__init__.__defaults__
     with pytest.MonkeyPatch.context() as patch:
@@ -387,7 +387,7 @@ def quick_retries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log of the faults out of the report."""
+    """Keep log messages about the faults out of the report."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,7 +1,7 @@
-"""The same work once more, one thing after the other and without faults: the results must be equal.
+"""Replays the same work sequentially and without faults: the results must be equal.
 
-What was executed is taken from the log of the first server, which `checks` has compared with what
-the clients know.
+The executed work is taken from the log of the first server, which `checks` has compared with the
+clients' knowledge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Files = Dict[str, bytes]
 
 
 def differences(world: World) -> Iterator[str]:
-    """Yield what differs: results, and files of checkpoints, the last weights among them."""
+    """Yield the differences in results and in files of checkpoints, including the last weights."""
     with WitnessServer(settings=world.server_settings) as server:
         with ServiceClient(base_url=server.url) as service:
             replay = Replay(service)
@@ -37,7 +37,7 @@ def differences(world: World) -> Iterator[str]:
 
 
 class Replay:
-    """Does what a log says; the requests of a run are done in the order in which they are sent."""
+    """Repeats the entries of a log; the requests of a run are executed in the order sent."""
 
     def __init__(self, service: ServiceClient) -> None:
         self._service = service
@@ -48,7 +48,7 @@ class Replay:
         self._samplers: Dict[Optional[str], Any] = {}
 
     def do(self, owner: str, key: Key) -> None:
-        """Do one thing.  Only a load is waited for: it may be of another run's checkpoint."""
+        """Repeat one entry.  It waits only for loads, which may load another run's checkpoint."""
         what, details = key[0], key[1:]
         if what == "create":
             self._runs[owner] = self._service.create_lora_training_client(MODEL, rank=4, seed=0)
@@ -91,7 +91,7 @@ class Replay:
         return loaded
 
     def compare_result(self, call: Call, snapshots: Dict[str, str]) -> Iterator[str]:
-        """Compare the result that *call* has got with that of the replay."""
+        """Compare the result of *call* with that of the replay."""
         if not call.acknowledged:
             return
         if call.kind == "sample":

@@ -1,4 +1,4 @@
-"""The faults of the machine, in three groups by what may come of them."""
+"""The faults of the machine, in three groups by their permitted outcomes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Dict, List
 from tinkex.testing import Injection, faults
 
 _HTML = "<html><h1>Bad gateway</h1></html>"
-#: A plain 500 is believed after this many in a row.
+#: A plain 500 is final after this many in a row.
 _BELIEVED = 4
 
-#: What passes: every call must succeed all the same.
+#: Temporary faults, in spite of which every call must succeed.
 PASSING: Dict[str, Any] = {
     "latency": faults.Latency(0.03),
     "hold": faults.Hold(),
@@ -30,10 +30,10 @@ PASSING: Dict[str, Any] = {
     "504 after work": faults.Status(504, _HTML, after_work=True),
 }
 
-#: Those of them that last until the client gives up waiting.
+#: Those that last until the client gives up waiting.
 WAITING = ("hold", "hold after work", "lost response")
 
-#: What fails the call that it strikes, and no other.
+#: Faults that fail the call they strike, and no other.
 FAILING: Dict[str, Any] = {
     **{str(code): faults.Status(code) for code in (400, 401, 403, 404, 409, 410, 422)},
     "500 for good": faults.Status(500),
@@ -43,7 +43,7 @@ FAILING: Dict[str, Any] = {
     "expired result": faults.ExpireResult(),
 }
 
-#: What ends all sessions.
+#: Faults that end all sessions.
 ENDING: Dict[str, Any] = {
     "expiry": faults.ExpireSessions(),
     "restart": faults.Restart(),
@@ -100,17 +100,17 @@ class Storm:
 
     @property
     def status(self) -> int:
-        """The status that it responds with; 0 if it does not."""
+        """The status of the fault's response; 0 if there is no response."""
         return getattr(self.injection.fault, "code", 0)
 
     @property
     def refuses(self) -> bool:
-        """Whether a client may believe that the work was not done: a 4xx, before any work."""
+        """Whether clients may assume that the work was not done: a 4xx before any work."""
         return 400 <= self.status < 500
 
 
 def times_of(name: str, times: int) -> int:
-    """How often the fault *name* is to strike, if *times* is wished."""
+    """Return how often the fault *name* strikes if *times* is requested."""
     if name.endswith("for good"):
         return _BELIEVED
     return times if name in PASSING else 1

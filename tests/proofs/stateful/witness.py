@@ -1,7 +1,7 @@
-"""A server whose weights depend on everything that was done to them, and in which order.
+"""A server whose weights depend on everything that was done to them, and on its order.
 
 The deterministic engine counts its steps; this one also keeps a digest of their contents, saves it
-with each checkpoint and returns it as a metric, and logs what it did.
+with each checkpoint, returns it as a metric, and logs its work.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from tinkex.testing.journal import Journal
 from tinkex.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, SampleRequest
 
 _FILE = "witness.json"
-#: Optimizer steps carry their label as learning rate, in units of this.
+#: Optimizer steps carry their label as the learning rate, in multiples of this.
 RATE = 1e-6
 
-#: The owner of all samples in the log: samplers with the same weights share one of the engine's.
+#: The owner of all samples in the log, because samplers with equal weights share an engine sampler.
 SAMPLES = "samples"
 
-#: What was done, and to what: the labels of a batch, a step or a sample, the name of a checkpoint.
+#: The kind of work and its labels: of a batch, a step or a sample, or the name of a checkpoint.
 Key = Tuple[Any, ...]
 
 
@@ -50,7 +50,7 @@ class Executed(NamedTuple):
 
 
 class Log:
-    """What the engine has done, in order; it outlives restarts.  Thread-safe.
+    """The work of the engine, in order; survives restarts.  Thread-safe.
 
     Attributes:
         snapshots: the folder with the weights of each sampler made without a checkpoint.
@@ -79,7 +79,8 @@ class _State:
 
 
 class WitnessEngine(RecordingEngine):
-    """See the module.  A datum's label is its first token less one, a sample's that of its prompt.
+    """See the module.  A datum's label is its first token minus one; a sample's is that of its
+    prompt.
 
     Metrics: ``labels:sum`` of the batch, ``weights:max`` (as a number below 2**48).
     """
@@ -129,7 +130,7 @@ class WitnessEngine(RecordingEngine):
         state = self._states[model_id]
         kept = {"weights": state.weights, "optimizer": state.optimizer if with_optimizer else None}
         (folder / _FILE).write_text(json.dumps(kept))
-        if folder.name.startswith("."):  # ".NAME.XXXXXXXX.tmp", of a named checkpoint
+        if folder.name.startswith("."):  # ".NAME.XXXXXXXX.tmp" for a named checkpoint
             name = folder.name.split(".")[1]
             self._log.add(model_id, "save" if with_optimizer else "export", name)
         else:
@@ -159,7 +160,7 @@ class WitnessEngine(RecordingEngine):
 
 
 class WitnessServer(FakeServer):
-    """A FakeServer with that engine; *log* outlives its restarts."""
+    """A FakeServer with that engine; *log* survives its restarts."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

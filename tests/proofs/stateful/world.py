@@ -1,4 +1,4 @@
-"""A server, clients, runs, samplers and the threads that use them, with a note of every call."""
+"""A server, clients, runs, samplers and the threads that use them, with a record of every call."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tinkex import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient,
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 
 MODEL = "deterministic"
-#: Datums of one request; a batch of more is sent in parts.
+#: Datums per request; a larger batch is sent in parts.
 CHUNK = 2
 ACTORS = 3
 
-#: What can be asked of a run without blocking.
+#: The non-blocking calls of a run.
 KINDS = (
     "forward",
     "forward_backward",
@@ -36,12 +36,12 @@ KINDS = (
 
 @dataclasses.dataclass
 class Scope:
-    """A session, and what was made from it.
+    """A session, and the objects created from it.
 
     Attributes:
         opened_at: on the monotonic clock.
-        over: when the session had ended for certain, in ticks.
-        closing, closed: when `close` was called, and had returned.
+        over: the tick at which the session had certainly ended.
+        closing, closed: the ticks at which `close` was called and had returned.
     """
 
     service: ServiceClient
@@ -54,11 +54,11 @@ class Scope:
 
 
 class World:
-    """Everything that one example uses.  Its methods note what they ask for.
+    """Everything that one example uses.  Its methods record the calls they make.
 
     Attributes:
-        calls: everything asked for, in order.
-        wrong: what was found to be wrong on the way.
+        calls: all calls, in order.
+        wrong: faults found on the way.
     """
 
     def __init__(self, *, batch_polls: bool, cancels: bool, heartbeat_s: float) -> None:
@@ -79,12 +79,12 @@ class World:
         self.storms: List[Storm] = []
         self.scopes: List[Scope] = []
         self.wrong: List[str] = []
-        self._forgotten = 0  # calls made before the server has lost its checkpoints
+        self._forgotten = 0  # the number of calls made before the server lost its checkpoints
 
     # Threads
 
     def do(self, actor: int, task: Callable[[], Any]) -> Any:
-        """Have an actor call *task*, and wait for it; a call that hangs is wrong."""
+        """Have an actor call *task*, and wait for it; a hanging call is a fault."""
         return self.wait_for(self.actors[actor % ACTORS].start(task))
 
     def wait_for(self, done: Future[Any]) -> Any:
@@ -128,19 +128,19 @@ class World:
         scope.closed = scope.closed or tick()
 
     def session_over(self) -> None:
-        """All sessions have ended by now."""
+        """Record that all sessions have ended by now."""
         for scope in self.scopes:
             scope.over = scope.over or tick()
 
     def paths(self, kind: str) -> Dict[str, str]:
-        """Names and paths of the checkpoints that are known to exist, by "save" or "export"."""
+        """Return names and paths of the checkpoints known to exist, by "save" or "export"."""
         with self._lock:
             calls = self.calls[self._forgotten :]
         made = [call for call in calls if call.kind == kind and call.succeeded]
         return {call.keys[0][1]: call.future.result().path for call in made}
 
     def forget(self) -> None:
-        """The server has lost its checkpoints."""
+        """Record that the server has lost its checkpoints."""
         with self._lock:
             self._forgotten = len(self.calls)
 
@@ -149,7 +149,7 @@ class World:
         return self._forgotten > 0
 
     def samplers(self) -> List[Tuple[Scope, Any, Optional[str]]]:
-        """The samplers that there are, each with its `Call.source`."""
+        """Return the existing samplers, each with its `Call.source`."""
         with self._lock:
             calls = list(self.calls)
         snapshots = [call for call in calls if call.kind == "snapshot" and call.succeeded]
@@ -182,7 +182,7 @@ class World:
     # Work of a run
 
     def submit(self, kind: str, run: TrainingClient, names: Sequence[str] = ()) -> Optional[Call]:
-        """Ask for one thing, without blocking.  *names*: of checkpoints, one of which is loaded."""
+        """Make one call, without blocking.  *names* are checkpoints, one of which may be loaded."""
         return getattr(self, f"_{kind}")(run, names)
 
     def _pass(self, kind: str, run: TrainingClient, count: int) -> Call:
@@ -268,7 +268,7 @@ class World:
     def pipeline(
         self, run: TrainingClient, steps: int, depth: int, stop_after: int, end: str
     ) -> List[Call]:
-        """Train on *steps* batches, every second of which is saved; blocks.
+        """Train on *steps* batches, saving after every second one; blocks.
 
         After *stop_after* steps the iterator is closed or drained, as *end* says.
         """
@@ -366,7 +366,7 @@ class World:
 
     @property
     def ended_at(self) -> float:
-        """When the last fault that ends sessions struck, on the monotonic clock."""
+        """Return when the last fault that ends sessions struck, on the monotonic clock."""
         ends = [s for s in self.storms if s.group == "ending"]
         return max((r.at for s in ends for r in s.injection.struck), default=0.0)
 
@@ -380,6 +380,6 @@ def adam(label: int) -> AdamParams:
 
 
 def sample_of(label: int) -> Tuple[ModelInput, int, SamplingParams]:
-    """The arguments of `sample`."""
+    """Return the arguments of `sample`."""
     params = SamplingParams(max_tokens=4, stop=[], seed=label)
     return ModelInput.from_ints([label + 1, 5]), 1 + label % 2, params

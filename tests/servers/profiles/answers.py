@@ -1,4 +1,4 @@
-"""What a server answers: the application's answers, rewritten.  Runs in HTTP threads."""
+"""Rewrites the application's answers into those of another server.  Runs in HTTP threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinkex.local.scheduling.sampling import failure_of
 from tinkex.local.state.futures import Failure, Group, Success
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 
-#: What is queued in a run or sampler; a refusal of it becomes a future that fails.
+#: Routes whose work is queued in a run or sampler; a refusal becomes a future that fails.
 _QUEUED = (
     *PASSES,
     "optim_step",
@@ -35,7 +35,7 @@ _CREATED = ("create_session", "create_sampling_session")
 
 
 class Answers:
-    """Rewrites the application's answers as *profile* has them.  Thread-safe."""
+    """Rewrites the application's answers as *profile* says.  Thread-safe."""
 
     def __init__(self, backend: Backend, profile: Profile) -> None:
         self._backend = backend
@@ -43,7 +43,7 @@ class Answers:
         self._refused = itertools.count(1)  # next() is atomic
 
     def rewrite(self, call: Call, response: Response) -> Response:
-        """Return the answer to *call* as this server gives it, from the application's."""
+        """Turn the application's answer to *call* into this server's answer."""
         route, status = call.route, response.status_code
         profile = self._profile
         if status == 401 and profile.wrong_key != 401 and call.environ.get("HTTP_X_API_KEY"):
@@ -110,9 +110,9 @@ class Answers:
         return response
 
     def _failing_future(self, call: Call, response: Response) -> Response:
-        """Accept what the application refused: these servers find out when it is its turn.
+        """Accept a request that the application refused: these servers refuse it only in its turn.
 
-        Not so work for a run or sampler that does not exist.
+        Work for a run or sampler that does not exist is refused immediately.
         """
         owner, number = _addressed(call)
         try:
@@ -147,7 +147,7 @@ class Answers:
             try:
                 return self._backend.scheduler.submit(owner, number, digest(call.raw), job)
             except HTTPError:
-                pass  # a number that can have no turn
+                pass  # the number's turn has passed, or is too far away
         request_id = f"{owner}:{number}:refused:{next(self._refused)}"
         self._backend.futures.create(request_id, owner, number, group=group)
         self._backend.futures.complete(request_id, failure_of(problem, request_id))
@@ -206,7 +206,7 @@ class Answers:
 
     def _hide_colons(self, response: Response) -> None:
         rewrites = response.mimetype == JSON_CONTENT_TYPE and "Location" not in response.headers
-        if self._profile.plain_ids and rewrites:  # but a signed URL is to stay as it is
+        if self._profile.plain_ids and rewrites:  # but signed URLs stay as they are
             response.set_data(ids.outward(response.get_data()))
 
 

@@ -1,8 +1,7 @@
-"""What a request's body must hold, as servers made with FastAPI and pydantic check it.
+"""What a request's body must contain, as checked by servers made with FastAPI and pydantic.
 
-`faults` lists what is wrong in their words: ``{type, loc, msg, input}``, for the 422 answer.  The
-fields are those of the protocol as of SDK 0.25; later ones are the extras that a strict server
-refuses.
+`faults` lists errors in their format, ``{type, loc, msg, input}``, for the 422 answer.  The fields
+are those of the protocol as of SDK 0.25; a strict server refuses later fields as extras.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping
 
 Fault = Dict[str, Any]
-#: Field -> its kind; "!" marks a required one, "!?" one that a strict server insists on,
-#: though it may be null.
+#: Field -> its kind; "!" marks a required field, "!?" a field that a strict server requires, though
+#: it may be null.
 Schema = Mapping[str, str]
 
 _LORA: Schema = {
@@ -89,12 +88,12 @@ _SCHEMAS: Mapping[str, Schema] = {
     "retrieve_future": {"request_id": "str!", "allow_metadata_only": "bool"},
     "weights_info": {"tinker_path": "str!"},
 }
-#: Field of a route -> what the object in it may hold.
+#: Field of a route -> the fields of the object in it.
 _NESTED: Mapping[str, Mapping[str, Schema]] = {
     "create_model": {"lora_config": _LORA},
     "optim_step": {"adam_params": _ADAM},
 }
-#: What names a new run's session, where a server can load a checkpoint into one.
+#: The fields that place a new run in a session, on servers that can load a checkpoint into one.
 _NEW_RUN: Schema = {
     "session_id": "str",
     "model_seq_id": "int",
@@ -121,11 +120,11 @@ _MISTYPED = {
 
 
 def faults(route: str, body: Any, *, refuse_extras: bool, new_runs: bool) -> List[Fault]:
-    """Return what is wrong with the JSON *body* of a request to *route*: nothing, if all is well.
+    """Return the errors in the JSON *body* of a request to *route*; an empty list if it is valid.
 
     Args:
-        route: below ``/api/v1/``; of an unknown one any body is right.
-        refuse_extras: an unknown field is a fault.
+        route: below ``/api/v1/``; an unknown route accepts any body.
+        refuse_extras: unknown fields are errors.
         new_runs: load_weights knows the fields that name a new run.
     """
     schema = _SCHEMAS.get(route)
@@ -141,7 +140,7 @@ def faults(route: str, body: Any, *, refuse_extras: bool, new_runs: bool) -> Lis
 
 
 def not_json(at: int, message: str) -> Fault:
-    """The fault of a body that cannot be parsed."""
+    """Return the error about a body that cannot be parsed."""
     return {
         "type": "json_invalid",
         "loc": ["body", at],

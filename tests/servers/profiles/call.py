@@ -1,4 +1,4 @@
-"""One HTTP request before the application, and the answers that do not come from it."""
+"""One HTTP request in front of the application, and the answers that bypass the application."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSES = ("forward_backward", "forward")
 
 
 class Refusal(Exception):
-    """The answer to a request that does not reach the application; None is a plain 500."""
+    """Raised to answer a request that does not reach the application; None is a plain 500."""
 
     def __init__(self, status: int, detail: Any = None) -> None:
         super().__init__(status)
@@ -31,7 +31,7 @@ class Refusal(Exception):
 class Call:
     """One request: its body is read once, decompressed, and may be replaced.
 
-    Without *with_body*, the request will be refused for its headers, and its body was not kept.
+    Without *with_body*, the request is to be refused for its headers, and its body was not kept.
     """
 
     def __init__(self, environ: Environ, *, max_body_bytes: int, with_body: bool = True) -> None:
@@ -41,7 +41,7 @@ class Call:
         self.method = request.method
         self.route = path[len(PREFIX) :] if path.startswith(PREFIX) else None
         media = (request.content_type or "").partition(";")[0].strip().lower()
-        #: The body is a batch in protobuf; whatever else comes is taken for JSON.
+        #: Whether the body is a batch in protobuf; any other body is taken for JSON.
         self.in_protobuf = media == PROTOBUF_CONTENT_TYPE and self.route in PASSES
         self.accept = request.headers.get("Accept", "")
         self.accept_encoding = request.headers.get("Accept-Encoding", "")
@@ -69,7 +69,7 @@ def json_answer(value: Any, status: int) -> Response:
 
 
 class _Crash(Response):
-    """A plain-text 500, after which the connection ends without notice, as after an exception."""
+    """A plain-text 500 that closes the connection without announcing it, as after an exception."""
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         parts = super().__call__(environ, start_response)
@@ -80,7 +80,7 @@ class _Crash(Response):
 
 def _then_hang_up(parts: Iterable[bytes], channel: Any) -> Iterator[bytes]:
     yield from parts
-    # All of the answer is in the channel's buffer once this generator is asked for more.
+    # When this generator is asked for more, the whole answer is in the channel's buffer.
     channel.close_when_flushed = True
 
 
@@ -89,10 +89,10 @@ def crash() -> Response:
 
 
 def _decompressed(raw: bytes, encoding: str, most: int) -> bytes:
-    """Return the body as the application would read it; what it cannot read, unchanged.
+    """Return the body as the application would read it; unchanged if it is unreadable.
 
     Raises:
-        Refusal: 413, it makes more than *most* bytes.
+        Refusal: 413, it decompresses to more than *most* bytes.
     """
     if encoding.strip().lower() != "zstd":
         return raw

@@ -1,7 +1,7 @@
 """The ids that servers hand out: the application's, or the same without colons.
 
-The application's are ``<session>:train:<n>`` and ``<session>:sample:<n>``.  Both forms are equally
-long, so that they can be exchanged inside a protobuf body.  Pure functions.
+The application's are ``<session>:train:<n>`` and ``<session>:sample:<n>``.  Both forms have the
+same length, so that one can replace the other inside a protobuf body.  Pure functions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The WSGI layer that makes the application speak as one particular server does.
+"""The WSGI layer that makes the application behave like one particular server.
 
-It stands between HTTP and the application: it refuses what that server refuses, rewrites requests
-to what the application takes, and has `answers` rewrite what comes back.  Made by `assemble`; runs
-in HTTP threads.
+It sits between HTTP and the application: it refuses the requests that the server would refuse,
+rewrites the others for the application, and has `answers` rewrite the application's answers.  Made
+by `assemble`; runs in HTTP threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 _SAVES = ("save_weights", "save_weights_for_sampler")
 
-#: Field of a route that holds a checkpoint's path -> kinds it may be of, likeliest first.
+#: Field of a route that holds a checkpoint's path -> the checkpoint's possible kinds, likeliest
+#: first.
 _PATHS = {
     "load_weights": ("path", ("weights", "sampler_weights")),
     "weights_info": ("tinker_path", ("weights", "sampler_weights")),
@@ -45,7 +46,7 @@ _SHORT_ARCHIVE = re.compile(r"^(/api/v1/training_runs/[^/]+/checkpoints)/([^/]+)
 
 
 class ProfileLayer:
-    """The application *inner* of *backend* as the server that *profile* describes.  Thread-safe."""
+    """Makes the application *inner* of *backend* behave as *profile* describes.  Thread-safe."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ProfileLayer:
         admitted = self._admission.admits(head_of(environ))  # the application refuses the others
         try:
             call = Call(environ, max_body_bytes=self._max_body_bytes, with_body=admitted)
-            if call.route is None:  # a signed URL, or nothing of the protocol
+            if call.route is None:  # a signed URL, or not part of the protocol
                 return self._inner(environ, start_response)
             if admitted:
                 self._refuse(call)
@@ -83,7 +84,7 @@ class ProfileLayer:
     # Before the application
 
     def _refuse(self, call: Call) -> None:
-        """Raise Refusal for what this server does not take."""
+        """Raise Refusal if this server would not accept the request."""
         profile, route = self._profile, str(call.route)
         self._check_key(call)
         missing = self._routes.refusal(call.method, route)
@@ -94,7 +95,7 @@ class ProfileLayer:
         if route in PASSES:
             encoding = "protobuf" if call.in_protobuf else "json"
             if encoding not in profile.reads:
-                # A server that expects JSON and trips over protobuf answers 500, in plain text.
+                # A server that expects JSON crashes on protobuf, with a 500 in plain text.
                 detail = None if profile.unreadable == 500 else f"send {profile.reads[0]}"
                 raise Refusal(profile.unreadable, detail)
         self._read_json(call)
@@ -143,14 +144,14 @@ class ProfileLayer:
     # Requests rewritten
 
     def _rewrite(self, call: Call) -> None:
-        """Turn the request into what the application takes."""
+        """Turn the request into one that the application accepts."""
         profile, route, environ = self._profile, call.route, call.environ
         if profile.plain_ids:
             path = environ["PATH_INFO"].encode("latin-1")
             environ["PATH_INFO"] = ids.inward(path).decode("latin-1")
             call.raw = ids.inward(call.raw)
         if profile.sampler_paths == "two":
-            # The checkpoint id that is left of a path of two segments.
+            # The checkpoint id that remains of a path with two segments.
             environ["PATH_INFO"] = _SHORT_ARCHIVE.sub(
                 r"\1/sampler_weights/\2/archive", environ["PATH_INFO"]
             )
@@ -187,7 +188,7 @@ class ProfileLayer:
 
 
 def admission_of(profile: Profile, settings: ServerSettings) -> Admission:
-    """Which requests are let in by a server that speaks as *profile* does."""
+    """Return which requests a server with *profile* admits."""
     return Admission(settings_of(profile, settings), bearer=profile.key == "bearer")
 
 
@@ -198,7 +199,7 @@ def assemble(
     settings: ServerSettings,
     admission: Optional[Admission] = None,
 ) -> Tuple[Backend, ProfileLayer]:
-    """Make the backend and the application of an embedded server that speaks as *profile* does."""
+    """Make the backend and the application of an embedded server that behaves as *profile* says."""
     if profile.strange_tokens != "refused":
         engine = lenient(engine, tell_nan=profile.strange_tokens == "nan")
     admission = admission or admission_of(profile, settings)

@@ -1,4 +1,4 @@
-"""Queues of a training run that treat sequence numbers as other servers do.
+"""Queues of a training run that treat sequence numbers like other servers.
 
 Pure like the queue they stand in for (`tinkex.local.scheduling.lanes.Lane`): the scheduler's lock
 guards them.
@@ -16,14 +16,14 @@ from tinkex.local.scheduling.lanes import Job, Lane
 
 
 class ArrivalLane(Lane):
-    """Requests run in the order in which they come; a missing number is not waited for."""
+    """Requests run in order of arrival, without waiting for a missing number."""
 
     def find(self, seq_id: int, digest: bytes) -> Optional[str]:
         """Return the request id of an earlier submission; HTTPError 409 if its body differs."""
         return self._seen.find(seq_id, digest)
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
-        """Take in a new request; None is one that was refused."""
+        """Add a new request; None stands for a refused one."""
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
         self.next_seq = max(self.next_seq, seq_id + 1)
         if job is not None:
@@ -31,7 +31,7 @@ class ArrivalLane(Lane):
 
 
 class FirstBodyLane(ArrivalLane):
-    """Like ArrivalLane, but a repeated number is the first request again, whatever its body."""
+    """Like ArrivalLane, but a repeated number stands for the first request, whatever its body."""
 
     def __init__(self, model_id: str, session_id: str) -> None:
         super().__init__(model_id, session_id)
@@ -42,17 +42,17 @@ class FirstBodyLane(ArrivalLane):
         return self._first.get(seq_id)
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
-        """Take in a new request; None is one that was refused."""
+        """Add a new request; None stands for a refused one."""
         super().add(seq_id, digest, job)
         if job is not None:
             self._first[seq_id] = job.request_id
 
 
 class StrictLane(Lane):
-    """Requests run as they come, but only the expected number succeeds.
+    """Requests run in order of arrival, but only the expected number succeeds.
 
-    A number is used up by success only: after a failure every other number fails until it comes
-    again.  Nothing is recognised as a repetition.
+    Only a success uses up a number: after a failure every other number fails until the failed
+    number arrives again.  Repeated requests are not recognised.
     """
 
     def __init__(self, model_id: str, session_id: str) -> None:
@@ -69,12 +69,12 @@ class StrictLane(Lane):
         return dataclasses.replace(job, request_id=f"{job.request_id}:{self._submissions}")
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
-        """Take in a request; one that was refused (None) leaves no trace."""
+        """Add a request; a refused one (None) leaves no trace."""
         if job is None:
             return
         run = job.run
 
-        def in_order() -> object:  # on the engine thread, which alone moves next_seq
+        def in_order() -> object:  # on the engine thread, the only one that advances next_seq
             if seq_id != self.next_seq:
                 raise HTTPError(409, f"Sequence conflict: expected {self.next_seq}, got {seq_id}.")
             value = run()

@@ -12,15 +12,15 @@ class Profile:
 
     Attributes:
         name: as given to `profile_named`.
-        routes: ``"METHOD path"`` of every route it has, ``{id}`` standing for one part of a
-            path and ``{cp}`` for the rest of it; None is all.
-        lacks: routes it has not, where *routes* is None.
-        reads: the encodings of training batches it reads: ``"json"`` and ``"protobuf"``.
+        routes: ``"METHOD path"`` of every route it has, ``{id}`` standing for one segment of a path
+            and ``{cp}`` for the rest of it; None means all routes.
+        lacks: the missing routes, if *routes* is None.
+        reads: the encodings of training batches that it can read: ``"json"``, ``"protobuf"``.
         unreadable: status for the other encoding: 415, or 500 in plain text.
         results: encoding of bulk results: ``"json"``, ``"protobuf"`` or ``"accept"``.
-        compresses: results are compressed with zstd where the client takes that.
+        compresses: results are compressed with zstd if the client accepts it.
         checks_bodies: a missing or mistyped field is answered with FastAPI's 422.
-        refuses_extras: and so is an unknown field.
+        refuses_extras: an unknown field is answered with 422, too.
         future_ids: submissions are answered with ``{future_id, status, request_id}``.
         sequence_ids: submissions of samples are answered with ``sample_sequence_ids``.
         unknown_heartbeat: status for a heartbeat of an unknown session; None is the
@@ -28,32 +28,31 @@ class Profile:
         beats_go_on: an expired session's heartbeats still succeed, and its work gets 400.
         crashes_on_unknown: an unknown session, run or sampler elsewhere gets a plain-text 500.
         unpublish_crashes: making a checkpoint private gets a plain-text 500.
-        numbers: ``"wait"`` for a missing number, run in order of ``"arrival"``, or be
-            ``"strict"``: a number out of order fails, and a failed one is not used up.
-        first_body_wins: a repeated number gets the first one's answer, whatever its body.
+        numbers: ``"wait"`` for a missing number; run in order of ``"arrival"``; or ``"strict"``: a
+            number out of order fails, and a failed request does not use up its number.
+        first_body_wins: a repeated number gets the first request's answer, whatever its body.
         first_logprob: what stands for the first prompt token: ``"none"``, ``"zero"``, or
             ``"absent"`` (one value fewer than tokens).
         failures: a failed request is reported as ``"200"`` with error and category, as ``"400"``
-            with detail (500 if the server failed), or with a status ``"mapped"`` from what went
-            wrong.
+            with detail (500 if the server failed), or with a status ``"mapped"`` from the error.
         busy: a pending request is answered ``"try_again"`` or ``"408"``.
-        hold_s: ... after being held for this long.
-        created, accepted: success status of what is done immediately, and of what is queued.
-        deleted: ... of deleting and publishing; 204 comes without a body.
+        hold_s: how long such a poll is held first.
+        created, accepted: success status of immediate work, and of queued work.
+        deleted: success status of deleting and publishing; 204 comes without a body.
         key: ``"none"``, ``"header"`` (X-API-Key) or ``"bearer"`` (either way).
         wrong_key: status for a key that is not the server's.
-        load_into_new: None if load_weights can make a run; else the status that refuses it.
+        load_into_new: None if load_weights can create a run; else the status of the refusal.
         load_first_only: load_weights must be a run's first request.
         pass_metrics: passes come with metrics; else with ``{}``.
         step_metrics: optimizer steps come with metrics; else with null.
-        overwrites: a checkpoint's name can be used again; None leaves it to the request.
+        overwrites: a checkpoint's name can be reused; None leaves it to the request.
         sampler_paths: ``"three"`` segments, ``"two"``, or ``"checkpoints"`` for every kind.
-        plain_ids: ids hold no colon.
-        sampler_by_base: ``"id"``, or ``"future"`` to be polled for the id.
+        plain_ids: ids contain no colon.
+        sampler_by_base: the answer is the ``"id"``, or a ``"future"`` to be polled for it.
         sampler_by_path: False answers 500.
         strange_tokens: a token id beyond the vocabulary is ``"refused"``, gets ``"nan"``
             logprobs, or is ``"unchecked"``.
-        model_key: under which name capabilities list a model.
+        model_key: the field that holds a model's name in the capabilities.
     """
 
     name: str

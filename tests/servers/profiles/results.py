@@ -1,4 +1,4 @@
-"""What a server makes of the application's results: their encoding, and what they leave out.
+"""Turns the application's results into another server's: their encoding, and what they leave out.
 
 Pure functions of a profile and a value.
 """
@@ -60,9 +60,9 @@ def path_outward(profile: Profile, path: str) -> str:
 
 
 def path_inward(profile: Profile, path: str, kinds: Tuple[str, ...]) -> Tuple[str, ...]:
-    """Return the application's paths that *path*, as handed out, may stand for, likeliest first.
+    """Return the application's paths that the outward *path* may stand for, likeliest first.
 
-    *kinds* are the segments to try where the path does not name them.
+    *kinds* are the segments to try if the path does not name its kind.
     """
     parts = path[len(_SCHEME) :].split("/")
     if not path.startswith(_SCHEME):

@@ -1,4 +1,4 @@
-"""Which routes a server has, and what it answers where it has none: 404, or 405 as FastAPI does.
+"""Which routes a server has, and its answer to all others: 404, or FastAPI's 405.
 
 Pure functions of a profile's data.
 """
@@ -12,7 +12,7 @@ PREFIX = "/api/v1/"
 
 
 class RouteTable:
-    """The routes of one server.  *routes* None is any route but those it *lacks*."""
+    """The routes of one server; if *routes* is None, all routes except those in *lacks*."""
 
     def __init__(self, routes: Optional[Sequence[str]], lacks: Sequence[str]) -> None:
         self._has = None if routes is None else [_compiled(route) for route in routes]

@@ -15,7 +15,7 @@ from tinkex.local.state.store import Store
 
 
 class ProfiledServer(LocalServer):
-    """A LocalServer that differs like the server *profile*; like a plain one if that is None."""
+    """A LocalServer that imitates the server *profile*; a plain LocalServer if that is None."""
 
     def __init__(self, engine: Engine, *, profile: Optional[str], **options: Any) -> None:
         super().__init__(engine, **options)

@@ -1,6 +1,6 @@
 """The servers, as observed from outside in November 2026 (see docs/servers.md).
 
-Where nothing was observed, a profile takes the choice that is harder for a client.
+If something could not be observed, the profile takes the choice that is harder for a client.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from servers.profiles.profile import Profile
 from tinkex.errors import LocalServerError
 from tinkex.local.settings import ServerSettings
 
-#: What a client cannot do without; every server has it.
+#: The routes that a client cannot do without; every server has them.
 _CORE = (
     "GET healthz",
     "POST client/config",
@@ -162,9 +162,9 @@ def profile_named(name: str) -> Profile:
 
 
 def settings_of(profile: Profile, settings: ServerSettings) -> ServerSettings:
-    """Return *settings* with what *profile* decides."""
+    """Return *settings* with the choices of *profile* filled in."""
     changes: Dict[str, Any] = {}
-    if settings.retrieve_hold_s == ServerSettings.retrieve_hold_s:  # no other one was chosen
+    if settings.retrieve_hold_s == ServerSettings.retrieve_hold_s:  # the caller did not set it
         changes["retrieve_hold_s"] = profile.hold_s
     if profile.routes is None:
         # The hosted service: tokens instead of keys, compressed batches, polls for many samples.

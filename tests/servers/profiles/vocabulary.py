@@ -1,7 +1,7 @@
-"""An engine that takes token ids beyond its vocabulary, as some servers do.
+"""An engine that accepts token ids beyond its vocabulary, as some servers do.
 
-They stand for token 0 in the computation; what is reported for them is NaN, or the number
-that happens to come out.  Called from the engine thread only, like the engine it wraps.
+It computes with token 0 in their place, and reports NaN for them, or whatever number comes out.
+Called from the engine thread only, like the engine it wraps.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Mask = npt.NDArray[np.bool_]
 
 
 class LenientEngine:
-    """*engine*, but no token id is refused.
+    """Wraps *engine* so that no token id is refused.
 
     Args:
         engine: does the work.
-        tell_nan: logprobs that depend on a strange token directly are NaN.
+        tell_nan: logprobs that directly depend on an unknown token are NaN.
     """
 
     def __init__(self, engine: Engine, *, tell_nan: bool) -> None:
@@ -43,7 +43,7 @@ class LenientEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """The engine's own, with a vocabulary of all token ids."""
+        """Return the engine's info, with a vocabulary of all token ids."""
         return dataclasses.replace(self._engine.info, vocab_size=1 << 31)
 
     def forward_backward(
@@ -105,7 +105,7 @@ class LenientEngine:
         )
 
     def _clean(self, datum: Datum) -> Tuple[Datum, Mask]:
-        """Return the datum in known tokens, and where its logprobs mean nothing."""
+        """Return the datum with known tokens only, and a mask of its meaningless logprobs."""
         tokens, strange = self._known(datum.model_input.to_numpy())
         inputs: Dict[str, TensorData] = dict(datum.loss_fn_inputs)
         if "target_tokens" in inputs:
@@ -126,7 +126,7 @@ class LenientEngine:
 
 
 def lenient(engine: Engine, *, tell_nan: bool) -> Engine:
-    """Return *engine* with no token id refused."""
+    """Return *engine* wrapped so that no token id is refused."""
     return cast(Engine, LenientEngine(engine, tell_nan=tell_nan))
 
 
