@@ -181,7 +181,7 @@ def test_a_key_is_required_everywhere_but_on_healthz(tmp_path: Path) -> None:
         assert "is missing" in api.get("no/such/route", 401)["detail"]
         wrong = api.client.get("/api/v1/sessions", headers={"X-API-Key": "tml-wrongé"})
         assert wrong.status_code == 401
-        assert "is not the one" in wrong.get_json()["detail"]
+        assert "is not this server's" in wrong.get_json()["detail"]
         assert "secret" not in wrong.text
         right = api.client.get("/api/v1/sessions", headers={"X-API-Key": "tml-secret"})
         assert right.status_code == 200

@@ -40,7 +40,7 @@ def chat(
     system: Optional[str],
     **_options: Any,
 ) -> None:
-    """Talk to a model: each line of input is a message, and the model replies to it.
+    """Talk to a model: it replies to each line of input, knowing the conversation so far.
 
     RUN_FOLDER is a folder that `tinkex train` has written: the run's newest weights are sampled, on
     the server that they were trained on.
@@ -81,7 +81,7 @@ def _complete(
     messages: List[Dict[str, str]],
     params: types.SamplingParams,
 ) -> None:
-    """Print the model's reply to *messages*, and add its text to *reply* as it comes."""
+    """Print the model's reply to *messages*, and add its text to *reply* as it arrives."""
     advice = "Use `tinkex sample`, or a model with a template."
     tokens = generator.chat_tokens(messages, advice)
     fitting = generator.fitting(params, len(tokens))

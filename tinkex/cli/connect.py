@@ -221,7 +221,7 @@ def existing(path: str) -> Iterator[None]:
             error.message = f"there is no checkpoint {path}"
             error.hint = (
                 "It was deleted, has expired, or is on another server; `tinkex checkpoint list` "
-                "lists those of this one."
+                "lists the checkpoints on this one."
             )
         raise
 

@@ -1,4 +1,4 @@
-"""``tinkex checkpoint delete``: delete given checkpoints, or all of a run that match a filter."""
+"""``tinkex checkpoint delete``: delete given checkpoints, or those of a run that match a filter."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _of_run(
     before: Optional[datetime],
     after: Optional[datetime],
 ) -> List[str]:
-    """Return the paths of the checkpoints of a run that match."""
+    """Return the paths of a run's matching checkpoints."""
     return [
         item.tinker_path
         for item in rest.list_checkpoints(run_id).result().checkpoints

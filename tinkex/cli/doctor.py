@@ -244,7 +244,7 @@ class Diagnosis:
             if is_missing_route(error):
                 raise Skipped("the server has no route for this") from error
             if error.status in (401, 403) and not _is_page(error):
-                raise Skipped("the server wants a key for this") from error
+                raise Skipped("the server requires a key for this") from error
             raise
         name = reply.headers.get("server", "")
         return f"the server is healthy{f' ({name})' if name else ''}"

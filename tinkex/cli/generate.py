@@ -1,7 +1,7 @@
-"""Text from a model, token by token where the server streams it; shared by ``sample`` and ``chat``.
+"""Text from a model, token by token if the server streams it; shared by ``sample`` and ``chat``.
 
-The protocol has no streams, but an embedded server has an OpenAI-compatible endpoint with them.
-Everywhere else the text comes in one piece.
+The protocol has no streams, but an embedded server also has an OpenAI-compatible endpoint, which
+streams.  From other servers, the text comes in one piece.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class Generator:
         room = limit - prompt_tokens
         if room < 1:
             raise ContextFullError(
-                f"the conversation has {prompt_tokens} tokens, and fills the model's context of "
+                f"the conversation has {prompt_tokens} tokens, which fills the model's context of "
                 f"{limit}",
                 hint='Begin a new conversation with "/new".',
             )

@@ -204,7 +204,7 @@ def _prepare(
 ) -> Tuple[Prepared[Any], Prepared[Any]]:
     """Return the training data and the held-out data, checked for bad examples."""
     status_line.waiting_for("loading the tokenizer")
-    # From the server, so that a model that it does not have is an early error.
+    # Ask the server for its tokenizer, so that an unknown model is an early error.
     tokenizer = base_sampler(service, job.model).get_tokenizer()
     longest = job.max_tokens or context_length(service, job.model)
     cut: List[int] = []

@@ -29,7 +29,8 @@ _HELDOUT_FROM = 40
 _RATES = {"supervised": 2e-4, "dpo": 1e-5}
 #: For supervised training on the embedded server: the narrower a model, the higher its best rate,
 #: and models that are trained on one machine are narrow.  (After 24 steps of smollm2-135m on 190
-#: chats, the held-out loss was 1.24 with 2e-4 and 0.28 with 1e-3: too high for wider models.)
+#: chats, the held-out loss was 1.24 with a rate of 2e-4, and 0.28 with 1e-3.  But 1e-3 is too high
+#: for wider models.)
 _RATE_HERE = 5e-4
 
 
@@ -128,7 +129,7 @@ def _method(job: Job, examples: data.Examples) -> str:
     """Return the method for *examples*; InvalidInputError if ``--method`` is another one."""
     preferences = data.Preference in examples.kinds
     if preferences and len(examples.kinds) > 1:
-        raise InvalidInputError(f"{examples.path} has preferences and other examples, too")
+        raise InvalidInputError(f"{examples.path} has both preferences and other examples")
     found = "dpo" if preferences else "supervised"
     if job.method not in (None, found):
         raise InvalidInputError(
@@ -146,7 +147,9 @@ def _share(heldout: Optional[str]) -> Optional[float]:
     except ValueError:
         return None
     if not 0 <= share < 1:
-        raise InvalidInputError(f"--heldout is {heldout}; a share is at least 0, and less than 1")
+        raise InvalidInputError(
+            f"--heldout is {heldout}; a share must be at least 0 and less than 1"
+        )
     return share
 
 

@@ -78,8 +78,9 @@ class ServerSettings:
 
     Args:
         api_key: the ``X-API-Key`` that clients must send; None admits everyone on this machine.
-        allowed_hosts: names, besides those of loopback, by which a server without a key may be
-            reached, such as the name of a reverse proxy; pages of these hosts may send requests.
+        allowed_hosts: names, besides localhost and loopback addresses, by which a server without a
+            key may be reached, such as the name of a reverse proxy; pages of these hosts may send
+            requests.
         jwt: True makes clients exchange their key for a token at ``auth/token``.
         jwt_lifetime_s: such a token is valid for this long.
         owner_urn: the one user, who owns every session, run and checkpoint.

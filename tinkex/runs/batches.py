@@ -20,7 +20,7 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
     The skipped batches are read only if *batches* is a plain iterable.
 
     Raises:
-        InvalidInputError: *batches* is not iterable, or is an iterable of fewer than *first*
+        InvalidInputError: *batches* is not iterable, or is an iterable with fewer than *first*
             batches.
     """
     indexed: Any = batches

@@ -159,7 +159,7 @@ class Connection:
         raise RunFolderError(
             f"the server has none of the {len(checkpoints)} checkpoints of this run",
             hint=ErrorText(
-                "Is it the server that the run was made on, with the same account?",
+                "Is this the server that the run was trained on, with the same account?",
                 Setting("data_dir", ..., aside=" (An embedded server keeps them only with {}.)"),
                 " If they have expired, begin again in another folder.",
             ),

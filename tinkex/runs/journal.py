@@ -22,8 +22,8 @@ JOURNAL_NAME = "journal.jsonl"
 
 #: The remedy if a run folder cannot be written.
 WRITABLE = (
-    "Nothing that it holds is lost. Once it can be written, run the program again: it continues "
-    "from the last checkpoint."
+    "Nothing in it is lost. Once it can be written, run the program again: it continues from the "
+    "last checkpoint."
 )
 
 
@@ -34,7 +34,7 @@ class Journal:
         entries: the lines that the file had when it was opened.
 
     Raises:
-        RunFolderError: the file cannot be read or written, or is damaged before its last line.
+        RunFolderError: the file cannot be read or written, or one of its complete lines is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,7 +100,7 @@ def read_entries(path: Path) -> Tuple[List[Entry], int]:
 
     Raises:
         OSError: the file cannot be read.
-        RunFolderError: a line before the last one is damaged.
+        RunFolderError: a complete line is damaged.
     """
     content = path.read_bytes()
     # The rest was torn by a crash, or another process is writing it right now.

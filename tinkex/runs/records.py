@@ -185,8 +185,7 @@ def replay(entries: List[Entry], path: Path) -> RunRecord:
             record.add(entry)
         except (KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(
-                f"line {number} of {path} is not one that this version of tinkex has written: "
-                f"{error!r}",
+                f"line {number} of {path} is unreadable for this version of tinkex: {error!r}",
                 hint="Continue the run with the version that wrote it.",
             ) from error
     record.server = _server_of(path.parent, record)

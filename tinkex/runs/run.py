@@ -207,8 +207,8 @@ class Run:
         elif self._piped is not None or self._has_trained():
             raise InvalidInputError(
                 f"save_for_sampler was called within step {self._place.steps}",
-                hint="Call it after the loop. (A loop that was left is still running while a "
-                "variable holds its iterator: close() that.)",
+                hint="Call it after the loop. (A loop that was left keeps running while a "
+                "variable holds its iterator: close() the iterator.)",
             )
         steps = self._place.steps
         path = save_for_sampler(self.trainer, f"sampler-{steps}-{next(self._samplers)}")
@@ -291,7 +291,7 @@ class Run:
         else:
             self._saver.finish_pending()
             logger.warning(
-                "%s was left within a step, which is not saved; it continues from %d steps",
+                "%s was left within a step, which is not saved; the run continues from step %d",
                 self.folder,
                 self.record.checkpoints[-1].steps if self.record.checkpoints else 0,
             )
@@ -315,7 +315,7 @@ class Run:
         if self._resumes and isinstance(batches, Iterator):
             raise InvalidInputError(
                 "batches is an iterator, which cannot be read again after a lost session",
-                hint="Give a sequence, or a function of the number of batches to leave out.",
+                hint="Give a sequence, or a function of the number of batches to skip.",
             )
         return self._iterate(batches, pipeline)
 
@@ -393,7 +393,7 @@ class Run:
         """
         if not self._settle(may_count=True):
             raise InvalidInputError(
-                "the step before was left half done",
+                "the previous step was left half done",
                 hint="Close the run and open it again: it continues from its last checkpoint.",
             )
         self._raise_failure()

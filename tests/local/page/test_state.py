@@ -84,7 +84,7 @@ def test_no_other_file_is_served(api: Api) -> None:
 def test_the_state_needs_the_key(tmp_path: Path) -> None:
     with serving(tmp_path, api_key="tml-secret") as api:
         assert "is missing" in state(api, expect=401)["detail"]
-        assert "not the one" in state(api, expect=401, **{"X-API-Key": "tml-other"})["detail"]
+        assert "not this server's" in state(api, expect=401, **{"X-API-Key": "tml-other"})["detail"]
         assert state(api, **{"X-API-Key": "tml-secret"})["fresh"]
 
 

@@ -114,7 +114,7 @@ class HeldPolls:
         if not self._free.acquire(blocking=False):
             # After a 429 clients pause; after try_again they would ask again at once.
             raise HTTPError(
-                429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
+                429, f"{self._limit} requests are held already; ask again", retry_after_s=1.0
             )
 
     def release(self) -> None:

@@ -40,7 +40,7 @@ class CustomLosses:
         # Outside the lock, since an entry never changes.  A resent request gets its first response;
         # the same seq_id with another body is a conflict, as everywhere in the protocol.
         if known[0] != digest:
-            raise HTTPError(409, f"{loss_id} was made from another body; take the next seq_id")
+            raise HTTPError(409, f"{loss_id} was created with another body; use the next seq_id")
         return False
 
     def find(self, loss_id: object) -> Optional[LossProgram]:

@@ -95,7 +95,7 @@ def _step(node: Node, values: Mapping[str, Any]) -> Any:
             f"the custom loss failed at {node.name} ({node.function}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    # Python's integers have no limit: a thousand multiplications could make one that fills the
+    # Python's integers have no limit: a thousand multiplications could make a number that fills the
     # memory.
     if isinstance(result, int) and abs(result) > 1 << 62:
         raise EngineError(f"the custom loss computed too large a number at {node.name}")

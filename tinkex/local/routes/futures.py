@@ -66,9 +66,9 @@ class FutureRoutes(Routes):
         if self._futures.is_gone(request_id):
             return HTTPError(
                 410,
-                f"the result of request {request_id} was dropped: results are kept until the "
-                "client acknowledges them, for two minutes after they were fetched, and for an "
-                "hour if they were not",
+                f"the result of request {request_id} was dropped: a result is kept until the "
+                "client acknowledges it, but at most for two minutes after it was fetched, or for "
+                "an hour if it was not fetched",
             )
         return HTTPError(404, f"request {request_id} is unknown")
 

@@ -71,7 +71,7 @@ class ServiceRoutes(Routes):
 
     @route("GET", "auth/apikey/me")
     def describe_key(self) -> Result:
-        """Describe the key, which is that of the one user."""
+        """Describe the key of the one user."""
         has_key = bool(self._settings.api_key)
         org_id = self._settings.org_id
         return {

@@ -128,7 +128,10 @@ def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
             moment = moment.replace(tzinfo=timezone.utc)
         last = timestamp(moment.timestamp())  # raises outside of the years 1 to 9999 in UTC
     except (ValueError, OverflowError, OSError) as error:
-        raise HTTPError(400, f"last_created_at {created_at!r:.80} is not an instant") from error
+        raise HTTPError(
+            400,
+            f"last_created_at {created_at!r:.80} is not an ISO 8601 time in the years 1 to 9999",
+        ) from error
     return last, required(cursor, "last_session_id", str)
 
 

@@ -50,7 +50,7 @@ class WeightsSource(NamedTuple):
         key: samplers with equal keys have the same weights, and share batches.
         folder: folder of the adapter, which the scheduler owns from `Scheduler.add_sampler` on;
             None for the base model.
-        name: name for display: that of a base model, a ``tinker://`` path, or the id of a run.
+        name: for display: the name of a base model, a ``tinker://`` path, or the id of a run.
         newest: True if these weights replace the earlier weights with the same key.
     """
 

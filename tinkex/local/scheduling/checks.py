@@ -90,7 +90,7 @@ def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
     if cells > _MAX_CELLS:
         raise HTTPError(
             400,
-            f"the request asks for {cells} log-probabilities; it must be at most {_MAX_CELLS}: "
+            f"the request asks for {cells} log-probabilities; at most {_MAX_CELLS} are allowed: "
             "ask for fewer at each position, or for fewer positions",
         )
 

@@ -238,7 +238,9 @@ class Scheduler:
             # Before the seq_id is noted: after a 429 the client sends the same request again.
             if self._queued_samples >= self._limits.max_queued:
                 raise HTTPError(
-                    429, f"{self._queued_samples} sample requests are queued", retry_after_s=1.0
+                    429,
+                    f"{self._queued_samples} sample requests are queued already; ask again",
+                    retry_after_s=1.0,
                 )
             request_id = f"{sampler_id}:{seq_id}"
             group = Group.of(sampler_id, seq_id)

@@ -81,7 +81,7 @@ class Catalog:
             raise HTTPError(
                 400,
                 f"{checkpoint.tinker_path} is encrypted, and this server has no key to read it; "
-                "load what save_state or save_weights_for_sampler saved",
+                "load a checkpoint that save_state or save_weights_for_sampler saved",
             )
         return checkpoint
 

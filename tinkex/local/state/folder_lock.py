@@ -15,7 +15,7 @@ from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.file_lock import lock_file
 from tinkex.errors import LocalServerError
 
-#: How long a new server waits for one that is closing, in seconds.
+#: How long a new server waits for a server that is closing, in seconds.
 _ENDING_S = 5.0
 
 # The locks that this process holds.  A key is the id of the process (a fork copies this dict), and

@@ -17,7 +17,7 @@ class SessionTable:
 
     def __init__(self, ttl_s: float) -> None:
         self.ttl_s = ttl_s
-        # All sessions have the same lifetime, so the order of last heartbeats is that of expiry.
+        # All sessions have the same lifetime, so they expire in the order of their last heartbeats.
         self._due: Dict[str, float] = {}
 
     def add(self, session_id: str, now: float) -> None:

@@ -140,7 +140,7 @@ class Store:
         user_metadata: Optional[Dict[str, Any]],
         project_id: Optional[str] = None,
     ) -> None:
-        """Remember a new training run; without *project_id*, its project is that of its session."""
+        """Remember a new training run; without *project_id*, its session's project applies."""
         now = self.wall()
         self._db.change((
             "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
