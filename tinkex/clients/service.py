@@ -384,8 +384,8 @@ class ServiceClient:
 
         Raises:
             RunFolderError: the folder is in use, damaged or not writable, or holds a run with
-                another model, other settings or another *config*; or the server no longer has any of the run's
-                checkpoints.
+                another model, other settings or another *config*; or the server no longer has any
+                of the run's checkpoints.
             InvalidInputError: an argument is invalid.
             TinkexError: the run could not be created or loaded.
         """
