@@ -446,8 +446,9 @@ def test_a_server_that_sets_the_flag_but_lacks_the_route_is_tried_once(
 
 
 def test_a_server_that_does_not_report_its_flags_gets_no_losses(
-    server: ScriptedServer, routes: TinkerRoutes
+    server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)  # with a key, the session needs the flags
     routes.serve("client/config", Answer(500, {"detail": "broken"}))
     with ServiceClient(base_url=server.url) as client:
         assert client.create_custom_loss(clipped, RANKS).loss_id is None
