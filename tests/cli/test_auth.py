@@ -171,7 +171,7 @@ def test_logout_removes_the_key_and_revokes_one_made_for_this_machine(
     assert hosted.requests(f"DELETE {ME}")[0].headers["x-api-key"] == KEY
 
 
-def test_a_key_that_cannot_be_revoked_is_still_removed_and_the_user_is_told(
+def test_a_key_that_cannot_be_revoked_is_still_removed_with_a_message(
     tinkex_auth: Any, hosted: ScriptedServer
 ) -> None:
     hosted.on(f"DELETE {ME}", Answer(503, {"detail": "busy"}))

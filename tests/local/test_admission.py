@@ -1,4 +1,4 @@
-"""Who may use the server: no web page, and nobody without the key."""
+"""Who may use the server: no web page, and no client without the key."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_inflight_samplers_share_the_newest_weights_of_their_run(
     assert logprobs(api, fixed, 1) == before
     assert logprobs(api, apart, 1) == before
     assert api.get(f"samplers/{first}")["base_model"] == "deterministic"
-    assert sum("unload sampler" in line for line in engine.log) == 1  # that of the first version
+    assert sum("unload sampler" in line for line in engine.log) == 1  # the first version's sampler
 
 
 def test_the_weights_of_inflight_samplers_are_freed_with_the_last_user(tmp_path: Path) -> None:

@@ -479,6 +479,23 @@ def test_a_shutdown_cancels_tasks_that_have_not_begun(caplog: pytest.LogCaptureF
     assert threads.shutdown(timeout=20)
 
 
+def test_a_request_that_outlives_the_server_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    class Late(Task):
+        def service(self) -> None:
+            super().service()
+            raise OSError("Bad file descriptor")
+
+    until = threading.Event()
+    threads = HttpThreads(limit=1)
+    task = Late(until)
+    threads.add_task(task)
+    assert task.begun.wait(20)
+    assert not threads.shutdown(timeout=0.01)
+    until.set()
+    assert threads.shutdown(timeout=20)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_an_engine_without_its_libraries_names_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

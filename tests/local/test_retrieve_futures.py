@@ -144,7 +144,7 @@ def test_a_lost_answer_is_repeated(api: Api) -> None:
     assert news(api, sampler) == first
 
 
-def test_clones_are_told_only_about_their_own_samples(api: Api) -> None:
+def test_clones_get_only_the_completions_of_their_own_samples(api: Api) -> None:
     sampler = api.sampler(api.session())
     joined = [
         api.post("join_sampling_session", sampling_session_id=sampler)["client_counter"]

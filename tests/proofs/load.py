@@ -100,7 +100,7 @@ class LoadedServer(LocalServer):
 
 
 def serve(folder: str, scale: float, commands: Connection) -> None:
-    """Serve on two ports until told to end; see `Server` for the commands."""
+    """Serve on two ports until the command to end; see `Server` for the commands."""
     LoadedServer.kept = round(20_000 * scale)  # so that caches fill up at the same point
     # A busy machine may suspend a process for longer than the default lifetime of a session.
     single = ServerSettings(session_ttl_s=600)

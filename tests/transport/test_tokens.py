@@ -70,7 +70,7 @@ def jwt(issued_at: float = 0.0, life_s: Optional[float] = 3600.0, **claims: Any)
 
 
 class TokenServer:
-    """Issues numbered tokens, and accepts them unless told to refuse them."""
+    """Issues numbered tokens, and accepts them unless set to refuse them."""
 
     def __init__(self, server: ScriptedServer, clock: ManualClock) -> None:
         self.server = server

@@ -226,7 +226,7 @@ def run_custom_pass(
     part has its own requests and its own call of *loss_fn*.
 
     If the call fails or is cancelled before the backward pass, the run is unchanged.  The backward
-    pass is like that of any batch: see `TrainingRun.send_gradient`.
+    pass works as for any batch: see `TrainingRun.send_gradient`.
     """
     if not future.begin():  # cancelled while it was queued
         return

@@ -124,7 +124,7 @@ class SplitBatch:
     Args:
         future: the future of the batch.
         parts: the futures of its requests, in order.
-        join: joins the results of the requests into that of the batch.
+        join: joins the results of the requests into the result of the batch.
         may_repeat: whether making the same request again is safe for a part whose response was
             lost, because the server executes it only once.
         contents: the contents of the requests; None if a repeated call would not send the same.

@@ -1,6 +1,6 @@
 """TrainingRun: the requests of one training run, in call order.
 
-Calls return futures without blocking.  The only thread is that of the run's queue: it sends
+Calls return futures without blocking.  The only thread belongs to the run's queue: it sends
 requests in call order and assigns their sequence numbers (`tinkex._training.sequence`).
 `tinkex._training.gradient` tracks batches that may have been added to the gradient only in part.
 """

@@ -60,7 +60,7 @@ class Batches(Sequence[List[T]]):
         else:
             self._examples = max(1, round(len(data) * epochs))
             self._steps = math.ceil(self._examples / self._size)
-        # Two orders: that of the current epoch, and of the next one, which a batch may reach into.
+        # The orders of the current epoch and of the next one, into which a batch may reach.
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:

@@ -184,7 +184,7 @@ class Datum:
 
         Args:
             model_input: spans that cover the input tokens, in order, without a gap.
-            loss_fn_inputs: spans that cover the first dimension of ``target_tokens`` likewise.
+            loss_fn_inputs: spans that cover ``target_tokens``' first dimension in the same way.
 
         Raises:
             InvalidInputError: the spans do not add up to the number of tokens

@@ -144,7 +144,7 @@ def test_ratios_of_the_clipped_losses_really_straddle_the_clips(run: Any, tmp_pa
 def test_with_one_advantage_gspo_is_the_sequence_objective_of_the_paper(
     run: Any, tmp_path: Path
 ) -> None:
-    """The gradient is that of the paper times the number of tokens, as nothing is averaged here."""
+    """The gradient is the paper's times the number of tokens, as nothing is averaged here."""
     adapter = give_random_delta(run, "m", tmp_path / "delta")
     reference = Reference(str(run.info.tokenizer_id))
     data = []

@@ -67,7 +67,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{SIGNED_PREFIX}archive/<run_id>/<kind>/<name>")
     def archive(self, run_id: str, kind: str, name: str) -> Result:
         """Send a checkpoint as a tar archive."""
-        # First, so that nobody finds out without a key which checkpoints there are.
+        # First, so that a client without a key cannot find out which checkpoints exist.
         self._check_signature()
         row = self._checkpoint(run_id, kind, name)
         content = self._read(row, tar_content)

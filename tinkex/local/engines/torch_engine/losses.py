@@ -53,7 +53,7 @@ def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
 # Group Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token: the same
 # surrogate with the ratio of the sequence in place of the token's, s = exp(sum(m * (lp - q)) /
 # sum(m)), where m is the sequence_ratio_mask.  If all tokens have the same advantage, the gradient
-# is that of the sequence form times the number of tokens.
+# equals the sequence form's gradient times the number of tokens.
 def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     # log s is a constant here.  lp - lp.detach() is 0 but has the gradient of lp, so the ratio is s
     # and its gradient with respect to lp is s (GSPO-token: sg[s] * pi / sg[pi]).
